@@ -1,0 +1,191 @@
+"""The errors of Lockstep: one tree. Each message says what happened, to what, and what to do.
+
+LockstepError
+├── ApiError                    an answer of the API that is not a success
+│   ├── InvalidSpec             422: the faults are listed with their JSON paths
+│   ├── Unauthorized            401
+│   ├── NotFound                404
+│   ├── Conflict                409
+│   ├── TooLarge                413
+│   └── Unavailable             503: try again later
+├── Unreachable                 no answer at all
+├── StorageError                the bucket
+│   ├── ObjectMissing           no such object
+│   ├── StorageDenied           credentials or policy refused
+│   └── StorageUnavailable      no answer, or only errors, after the retries
+└── InvalidData                 bytes that are not what their hash, header or schema says
+"""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class LockstepError(Exception):
+    """The root of every error that Lockstep raises on purpose."""
+
+
+class Fault(BaseModel):
+    """One thing wrong with a request."""
+
+    path: str
+    """Where, as a JSON path: `$.model.width`."""
+    message: str
+
+
+class Problem(BaseModel):
+    """The body of every error answer: RFC 9457 problem details, media type application/problem+json."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    type: str
+    """Stable: `urn:lockstep:problem:<name>`; programs decide by it."""
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: list[Fault] = Field(default_factory=list)
+
+
+class ApiError(LockstepError):
+    """An answer of the API that is not a success."""
+
+    status: ClassVar[int] = 500
+    name: ClassVar[str] = "internal-error"
+    title: ClassVar[str] = "Something went wrong on our side"
+
+    def __init__(self, detail: str, *, errors: list[Fault] | None = None, request_id: str = "") -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = errors or []
+        self.request_id = request_id
+
+    def problem(self, request_id: str) -> Problem:
+        return Problem(
+            type=f"urn:lockstep:problem:{self.name}",
+            title=self.title,
+            status=self.status,
+            detail=self.detail,
+            request_id=request_id,
+            errors=self.errors,
+        )
+
+
+class BadRequest(ApiError):
+    """400: the request is not JSON, or not HTTP as we understand it."""
+
+    status, name, title = 400, "bad-request", "The request cannot be read"
+
+
+class InvalidSpec(ApiError):
+    """422: the request is readable but cannot be carried out; the faults say where."""
+
+    status, name, title = 422, "invalid", "The request cannot be carried out"
+
+
+class IdempotencyMismatch(ApiError):
+    """422: an idempotency key came again with another body."""
+
+    status, name, title = 422, "idempotency-mismatch", "This idempotency key belongs to another request"
+
+
+class Unauthorized(ApiError):
+    """401: no API key, or one that is not valid."""
+
+    status, name, title = 401, "unauthorized", "An API key is needed"
+
+
+class NotFound(ApiError):
+    """404: no such thing, or none of yours."""
+
+    status, name, title = 404, "not-found", "Not found"
+
+
+class MethodNotAllowed(ApiError):
+    """405: the path exists, the method does not."""
+
+    status, name, title = 405, "method-not-allowed", "Method not allowed"
+
+
+class Conflict(ApiError):
+    """409: not in this state."""
+
+    status, name, title = 409, "conflict", "Not possible in this state"
+
+
+class TooLarge(ApiError):
+    """413: the body is larger than any job spec."""
+
+    status, name, title = 413, "too-large", "The request body is too large"
+
+
+class Unavailable(ApiError):
+    """503: something that this request needs does not answer; nothing was changed."""
+
+    status, name, title = 503, "unavailable", "Try again later"
+
+
+def api_error(problem: Problem) -> ApiError:
+    """Return the error that an answer stands for; a plain ApiError for a type that we do not know."""
+    name = problem.type.rpartition(":")[2]
+    kind = next((k for k in ApiError.__subclasses__() if k.name == name), ApiError)
+    return kind(problem.detail, errors=problem.errors, request_id=problem.request_id)
+
+
+class Unreachable(LockstepError):
+    """The control plane did not answer."""
+
+
+class StorageError(LockstepError):
+    """The bucket did not do what was asked."""
+
+
+class ObjectMissing(StorageError):
+    """There is no object at this key."""
+
+
+class StorageDenied(StorageError):
+    """The store refused the credentials, or they do not allow this."""
+
+
+class StorageUnavailable(StorageError):
+    """The store did not answer, or answered only with errors."""
+
+
+class InvalidData(LockstepError):
+    """Bytes are not what their hash, their header or their schema says."""
+
+
+def faults_of(errors: list[Any]) -> list[Fault]:
+    """Translate pydantic's error list: JSON paths without union tags, one plain sentence each."""
+    faults = []
+    for error in errors:
+        if error["type"] == "default_factory_not_called":
+            continue  # a consequence of another fault in the list
+        faults.append(Fault(path=_json_path(error["loc"]), message=_sentence(error)))
+    return faults
+
+
+def _json_path(loc: tuple[int | str, ...]) -> str:
+    path = "$"
+    for i, part in enumerate(loc):
+        if i == 0 and part in ("body", "train", "prepare"):
+            continue
+        if i == 1 and loc[0] == "body" and part in ("train", "prepare"):
+            continue
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path
+
+
+def _sentence(error: Any) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return "unknown field; see the job spec in the API docs for those that exist"
+        case "missing":
+            return "this field is required"
+        case "value_error":
+            return str(error["msg"]).removeprefix("Value error, ")
+        case "string_pattern_mismatch":
+            return f"{str(error['input'])[:60]!r} is not allowed here; it must match {error['ctx']['pattern']}"
+        case _:
+            message = str(error["msg"])
+            return message[:1].lower() + message[1:]

@@ -1,0 +1,206 @@
+"""The vocabulary of a job's life and the answers of the API about it.
+
+Which state may follow which is decided in the control plane alone (`service/lifecycle.py`); here are only the
+words, so that client and workers can use them too.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .spec import JobSpec
+
+T = TypeVar("T")
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    RECOVERING = "recovering"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in ENDED
+
+
+ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+
+
+class Reason(StrEnum):
+    """Why a job ended, or why an attempt did. What each means for the job stands in the control plane's table."""
+
+    COMPLETED = "completed"
+    USER_CANCELLED = "user_cancelled"
+    DEADLINE = "deadline"
+    INVALID_DATA = "invalid_data"
+    NON_FINITE_LOSS = "non_finite_loss"
+    OUT_OF_MEMORY = "out_of_memory"
+    STORAGE_UNAVAILABLE = "storage_unavailable"
+    WORKER_LOST = "worker_lost"
+    RAY_LOST = "ray_lost"
+    START_TIMEOUT = "start_timeout"
+    SUPERSEDED = "superseded"
+
+
+class Answer(BaseModel):
+    """A body that the API returns. Clients ignore fields that they do not know."""
+
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
+
+
+class Condition(Answer):
+    """Something about a live job that a user should know while it lasts."""
+
+    type: str
+    """`waiting`, `ray_unreachable`, `storage_unreachable`."""
+    message: str
+    since: datetime
+
+
+class Progress(Answer):
+    """How far a run is; figures are those of the newest metric line."""
+
+    step: int = 0
+    total_steps: int | None = None
+    values: dict[str, float] = Field(default_factory=dict)
+    """loss, learning_rate, tokens_per_second, …"""
+    eta_seconds: float | None = None
+
+
+class Job(Answer):
+    id: str
+    name: str
+    project: str
+    owner: str
+    labels: dict[str, str]
+    state: JobState
+    reason: Reason | None
+    message: str
+    """One sentence on the present state, or on how the job ended."""
+    attempt: int
+    """Attempts begun so far."""
+    conditions: list[Condition]
+    progress: Progress
+    result: dict[str, Any]
+    """What the job made; empty until it has succeeded."""
+    spec: JobSpec
+    dataset_version: str | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    warnings: list[str] = Field(default_factory=list)
+    """What the plan found worth saying at submission."""
+
+
+class Event(Answer):
+    seq: int
+    """Counts from 1 in each job, without gaps."""
+    at: datetime
+    type: str
+    """`state`, `attempt`, `condition`, `evaluation`, `checkpoint`, …"""
+    message: str
+    state: JobState | None = None
+    """For events that change the state: the new one."""
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class MetricPoint(Answer):
+    segment: str
+    line: int
+    """Number of the line within its segment; (segment, line) identifies the point for ever."""
+    step: int
+    at: datetime
+    values: dict[str, float]
+
+
+class Checkpoint(Answer):
+    step: int
+    segment: str
+    prefix: str
+    """Where its objects lie, below the storage root."""
+    size: int
+    """Bytes."""
+    parts: int
+    metrics: dict[str, float]
+    created_at: datetime
+
+
+class LogLine(Answer):
+    segment: str
+    rank: int
+    line: int
+    text: str
+
+
+class Page(Answer, Generic[T]):
+    items: list[T]
+    next_cursor: str | None = None
+    """Pass as `cursor` for the next page; null on the last one."""
+
+
+class MemoryPlan(Answer):
+    """Bytes on one worker."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ddp_buckets: int
+    snapshot: int
+    """The largest part of a checkpoint while it is written, twice: tensors and their serialised form."""
+
+    @property
+    def certain(self) -> int:
+        """What no setting can avoid: weights, gradients and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+
+class TrainPlan(Answer):
+    """What a training job will need and do, before it is run."""
+
+    kind: Literal["train"] = "train"
+    spec: JobSpec
+    """With every default filled in."""
+    dataset_version: str
+    parameters: int
+    steps: int
+    tokens_per_step: int
+    tokens: int
+    """In the whole run."""
+    epochs: float
+    memory_per_worker: MemoryPlan
+    checkpoint_size: int
+    """Bytes of one checkpoint: weights and optimizer state."""
+    submission: dict[str, Any]
+    """What would be posted to Ray."""
+    warnings: list[str]
+
+
+class PreparePlan(Answer):
+    kind: Literal["prepare"] = "prepare"
+    spec: JobSpec
+    submission: dict[str, Any]
+    warnings: list[str]
+
+
+Plan = TrainPlan | PreparePlan
+
+
+class Check(Answer):
+    """One dependency as `/readyz` saw it."""
+
+    status: Literal["ok", "degraded", "failed"]
+    milliseconds: float
+    message: str = ""
+
+
+class Readiness(Answer):
+    ready: bool
+    """False when the database does not answer; bucket and Ray only degrade, since a job can wait for them."""
+    checks: dict[str, Check]

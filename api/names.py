@@ -1,0 +1,43 @@
+"""Names and identifiers: what may appear in a URL, a bucket key, a Ray submission id or a Kubernetes label."""
+
+import re
+import secrets
+import time
+from typing import Annotated
+
+from pydantic import StringConstraints
+
+#: Lower-case letters, digits and dashes, 1 to 47 characters: safe as a bucket key segment, in a URL and as
+#: a Kubernetes object name (KubeRay allows 47). No dot, no slash, no control character can get in.
+Name = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]*[a-z0-9])?$", min_length=1, max_length=47),
+]
+
+#: A dataset by name (its newest version) or pinned, `name@version`.
+DatasetRef = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:@[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)?$",
+        min_length=1,
+        max_length=95,
+    ),
+]
+
+_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+JOB_ID = re.compile(r"^job-[0-9a-hjkmnp-tv-z]{20}$")
+
+
+def new_job_id() -> str:
+    """Return a fresh job id: 10 characters of milliseconds since 1970, 10 of randomness (50 bits).
+
+    Ids of later jobs sort after those of earlier ones, so a list ordered by id is ordered by age.
+    """
+    millis = time.time_ns() // 1_000_000
+    clock = "".join(_CROCKFORD[(millis >> shift) & 31] for shift in range(45, -1, -5))
+    return f"job-{clock}{''.join(secrets.choice(_CROCKFORD) for _ in range(10))}"
+
+
+def submission_id(job_id: str, attempt: int) -> str:
+    """Return the Ray submission id of one attempt: deterministic, so that posting twice cannot run twice."""
+    return f"{job_id}-{attempt}"

@@ -1,0 +1,377 @@
+"""The job spec: what a user submits. One strict model; an unknown field is an error, never ignored.
+
+Two kinds of job share the same states, events and logs: `train` (the default) and `prepare`, which turns
+text into a tokenized dataset. Lengths are in tokens, batches in sequences, time in seconds.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
+
+from .names import DatasetRef, Name
+
+LabelKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?$")]
+LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]?[A-Za-z0-9._ -]{0,62}$", max_length=63)]
+Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=16)]
+
+#: layers, width, heads: `model.size` names one of these rows; any field given beside it wins.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "1m": (4, 128, 4),
+    "3m": (6, 192, 6),
+    "10m": (6, 384, 6),
+    "25m": (8, 512, 8),
+    "124m": (12, 768, 12),
+    "350m": (24, 1024, 16),
+    "774m": (36, 1280, 20),
+    "1.5b": (48, 1600, 25),
+}
+
+
+class Strict(BaseModel):
+    """A model that refuses unknown fields, coerced types, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _not_yet(what: str) -> ValueError:
+    return ValueError(f"{what} is not available in this version; leave it out")
+
+
+class DataSpec(Strict):
+    dataset: DatasetRef
+    """Name of a prepared dataset; `name@version` pins a version, a bare name means its newest one."""
+    sequence_length: int = Field(default=256, ge=8, le=131_072)
+    """Tokens in one training sequence, T. Sample i of a shard is its tokens [iT, iT+T]."""
+
+
+class ModelSpec(Strict):
+    family: Literal["decoder"] = "decoder"
+    """Architecture: a causal Transformer decoder."""
+    size: Literal["1m", "3m", "10m", "25m", "124m", "350m", "774m", "1.5b"] | None = None
+    """A preset for layers, width and heads; fields given beside it win."""
+    layers: int = Field(ge=1, le=512)
+    """Transformer blocks. Needed unless `size` is given."""
+    width: int = Field(ge=8, le=65_536, multiple_of=2)
+    """Model dimension, D. Needed unless `size` is given."""
+    heads: int = Field(default_factory=lambda d: max(1, d["width"] // 64), ge=1, le=1024)
+    """Query heads, H; must divide the width into an even head dimension. Default: width / 64."""
+    kv_heads: int = Field(default_factory=lambda d: d["heads"], ge=1, le=1024)
+    """Key and value heads; must divide `heads`. Default: as many as `heads`."""
+    vocab_size: int | None = Field(default=None, ge=2, le=2**31 - 1)
+    """Tokens in the vocabulary. Default: the dataset's; a different number is refused."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """How a token's place enters: rotary embedding, or a learned vector for each place."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Normalisation before each sub-layer and at the end."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward non-linearity."""
+    ffn_width: int = Field(default_factory=lambda d: _default_ffn(d), ge=8, le=1_048_576)
+    """Inner width of the feed-forward layer. Default: 4 × width, or ⅔ of that in steps of 8 for swiglu."""
+    tied_embeddings: bool = True
+    """Share one matrix between the token embedding and the output layer."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability of zeroing an activation, after embedding, attention and feed-forward."""
+    bias: bool = False
+    """Biases in linear layers and layer norms."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_size(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("size") in SIZES:
+            layers, width, heads = SIZES[data["size"]]
+            preset = {"layers": layers, "width": width}
+            # A width of one's own brings its own default for the heads.
+            if "width" not in data:
+                preset["heads"] = heads
+            return {**preset, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "ModelSpec":
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width {self.width} does not divide into {self.heads} heads of an even dimension; "
+                f"choose a width that is a multiple of {2 * self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+def _default_ffn(d: dict[str, Any]) -> int:
+    inner = 4 * int(d["width"])
+    return inner if d["activation"] == "gelu" else 8 * math.ceil(inner * 2 / 3 / 8)
+
+
+class OptimizerSpec(Strict):
+    type: Literal["adamw"] = "adamw"
+    """Decoupled weight decay (Loshchilov & Hutter, 2019)."""
+    learning_rate: float = Field(default=6e-4, gt=0, le=10)
+    """Peak learning rate; the schedule scales it."""
+    betas: tuple[float, float] = Field(default=(0.9, 0.95))
+    """Decay of the running means of gradient and squared gradient."""
+    epsilon: float = Field(default=1e-8, gt=0, le=1)
+    """Added to the denominator."""
+    weight_decay: float = Field(default=0.1, ge=0, le=10)
+    """Applied to matrices only, never to norms and biases."""
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _betas_from_json(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas must lie in [0, 1); got {list(value)}")
+        return value
+
+
+class ScheduleSpec(Strict):
+    type: Literal["constant", "cosine"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: int | None = Field(default=None, ge=0, le=10**9)
+    """Steps of linear warm-up from zero. Default: a tenth of the run, at most 100."""
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """Where the decay ends, as a fraction of the peak."""
+
+
+class BatchSpec(Strict):
+    global_size: int = Field(default=32, ge=1, le=2**24)
+    """Sequences in one optimizer step, over all workers."""
+    micro_size: int | None = Field(default=None, ge=1, le=2**20)
+    """Sequences in one forward pass of one worker; accumulation = global / (micro × workers).
+    Default: the largest divisor of global / workers that is at most 8."""
+
+
+class ClipSpec(Strict):
+    type: Literal["norm"] = "norm"
+    """Scale all gradients together so that their Euclidean norm is at most `threshold`."""
+    threshold: float = Field(default=1.0, gt=0, le=1e9)
+    """Largest global gradient norm."""
+
+
+class EvaluateSpec(Strict):
+    every: int = Field(default=100, ge=1, le=10**9)
+    """Steps between evaluations; one more follows the last step."""
+    sequences: int | None = Field(default=256, ge=1, le=10**9)
+    """Sequences of the eval split, the same ones at every call; null means all of them."""
+
+
+class CheckpointSpec(Strict):
+    every: int = Field(default=200, ge=1, le=10**9)
+    """Steps between checkpoints; one more follows the last step."""
+    keep_last: int | None = Field(default=None, ge=1)
+    """Newest checkpoints to keep; null keeps all."""
+    keep_best: int | None = Field(default=None, ge=1)
+    """Checkpoints of lowest eval loss to keep; null keeps all."""
+
+    @field_validator("keep_last", "keep_best")
+    @classmethod
+    def _no_retention_yet(cls, value: int | None) -> int | None:
+        if value is not None:
+            raise _not_yet("checkpoint retention")
+        return value
+
+
+class SampleSpec(Strict):
+    prompt: str = Field(default="\n", min_length=1, max_length=4096)
+    """Text that the finished model continues; the continuation is in the job's result."""
+    tokens: int = Field(default=128, ge=1, le=4096)
+    """Tokens to generate."""
+    temperature: float = Field(default=0.8, gt=0, le=10)
+    """Divides the logits before sampling."""
+
+
+def _bytes(value: Any) -> Any:
+    """Read "4GiB" as a number of bytes; pass anything else on."""
+    return int(TypeAdapter(ByteSize).validate_python(value)) if isinstance(value, str) else value
+
+
+Memory = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=2**20, le=2**50)]
+
+
+class ResourceSpec(Strict):
+    workers: int = Field(default=1, ge=1, le=4096)
+    """Data-parallel workers (the world size)."""
+    cpus: int = Field(default=1, ge=1, le=1024)
+    """CPU cores of each worker; also its number of compute threads."""
+    gpus: int = Field(default=0, ge=0, le=1)
+    """GPUs of each worker: one or none."""
+    memory: Memory | None = None
+    """Bytes (or text such as "4GiB") that Ray reserves for each worker; null reserves none."""
+
+
+class _JobSpecBase(Strict):
+    name: Name
+    """What people call the job: lower-case letters, digits, dashes. Need not be unique."""
+    labels: Labels = Field(default_factory=dict)
+    """Up to 16 key-value pairs of your own, shown with the job."""
+    retries: int = Field(default=3, ge=0, le=100)
+    """Restarts allowed for faults that are not the job's own (a lost worker, driver or cluster): this many
+    inside an attempt, and this many new attempts."""
+    deadline: int | None = Field(default=None, ge=1, le=10**9)
+    """Seconds from acceptance after which the job is stopped and failed; null means none."""
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    """Fixes initial weights, data order and dropout."""
+
+
+class TrainSpec(_JobSpecBase):
+    kind: Literal["train"] = "train"
+    """A training job."""
+    task: Literal["generation"] = "generation"
+    """What the model learns: to continue text."""
+    data: DataSpec
+    model: ModelSpec
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
+    batch: BatchSpec = Field(default_factory=BatchSpec)
+    steps: int | None = Field(default=None, ge=1, le=10**9)
+    """Optimizer steps. Give `steps` or `epochs`; neither means one epoch."""
+    epochs: float | None = Field(default=None, gt=0, le=10**6)
+    """Passes over the training split."""
+    clip: ClipSpec | None = Field(default_factory=ClipSpec)
+    """Gradient clipping; null switches it off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward; weights and optimizer state stay in fp32."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    log_every: int = Field(default=10, ge=1, le=10**6)
+    """Steps between metric lines; lines are also at least 2 s apart."""
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
+    sample: SampleSpec | None = Field(default_factory=SampleSpec)
+    """Text generated by the finished model; null generates none."""
+    resources: ResourceSpec = Field(default_factory=ResourceSpec)
+    determinism: Literal["default", "elastic"] = "default"
+    """`default`: bit-identical at the same world size and hardware. `elastic`: at any power of two."""
+
+    @field_validator("precision")
+    @classmethod
+    def _fp32_only(cls, value: str) -> str:
+        if value != "fp32":
+            raise _not_yet(f"precision {value}")
+        return value
+
+    @field_validator("compile")
+    @classmethod
+    def _no_compile_yet(cls, value: bool) -> bool:
+        if value:
+            raise _not_yet("compile")
+        return value
+
+    @field_validator("determinism")
+    @classmethod
+    def _no_elastic_yet(cls, value: str) -> str:
+        if value != "default":
+            raise _not_yet(f"determinism {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainSpec":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"give steps or epochs, not both (got {self.steps} and {self.epochs})")
+        self.batch.micro_size = self._checked_micro_size()
+        return self
+
+    def _checked_micro_size(self) -> int:
+        workers, total = self.resources.workers, self.batch.global_size
+        if total % workers:
+            raise ValueError(f"batch.global_size {total} does not divide over {workers} workers")
+        share = total // workers
+        micro = self.batch.micro_size or max(m for m in range(1, min(8, share) + 1) if share % m == 0)
+        if share % micro:
+            raise ValueError(
+                f"batch.global_size {total} is not a multiple of batch.micro_size {micro} × {workers} workers"
+                f" = {micro * workers}"
+            )
+        return micro
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in one forward pass of one worker."""
+        assert self.batch.micro_size is not None  # filled in by the validator
+        return self.batch.micro_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one global batch, over all workers; their number does not depend on the world size."""
+        return self.batch.global_size // self.micro_batch
+
+
+class StdlibSource(Strict):
+    type: Literal["python-stdlib"]
+    """The sources of the Python standard library on the machine that prepares, without its tests."""
+    max_bytes: int = Field(default=20_000_000, ge=10_000, le=20_000_000)
+    """Stop after this much text."""
+
+
+class TextSource(Strict):
+    type: Literal["text"]
+    """UTF-8 objects in the project's own part of the bucket."""
+    folder: Name
+    """Every object under `uploads/<folder>/` is one document."""
+
+
+class TokenizerSpec(Strict):
+    type: Literal["bpe", "characters"] = "bpe"
+    """Byte-level byte-pair encoding, or one token for each character."""
+    vocab_size: int = Field(default=2048, ge=258, le=262_144)
+    """Tokens of a `bpe` vocabulary; `characters` takes what the text has."""
+
+
+class PrepareResources(Strict):
+    cpus: int = Field(default=1, ge=1, le=1024)
+    """CPU cores."""
+
+
+class PrepareSpec(_JobSpecBase):
+    kind: Literal["prepare"]
+    """A job that turns text into a tokenized dataset."""
+    dataset: Name
+    """Name of the dataset to write; the job's id becomes the version."""
+    source: Annotated[StdlibSource | TextSource, Field(discriminator="type")]
+    tokenizer: TokenizerSpec = Field(default_factory=TokenizerSpec)
+    split: Literal["document", "tail"] = "document"
+    """`document`: whole documents, chosen by a hash of their names; `tail`: the last part of the text."""
+    eval_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Part of the text that becomes the eval split."""
+    shard_tokens: int = Field(default=50_000_000, ge=1024, le=2**31 - 1)
+    """Most tokens in one shard."""
+    resources: PrepareResources = Field(default_factory=PrepareResources)
+
+
+def _kind_of(value: Any) -> str:
+    kind = value.get("kind", "train") if isinstance(value, Mapping) else getattr(value, "kind", "train")
+    return kind if isinstance(kind, str) else "train"
+
+
+JobSpec = Annotated[
+    Annotated[TrainSpec, Tag("train")] | Annotated[PrepareSpec, Tag("prepare")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="unknown_kind",
+        custom_error_message="kind must be train or prepare",
+    ),
+]
+
+job_spec_adapter: TypeAdapter[TrainSpec | PrepareSpec] = TypeAdapter(JobSpec)

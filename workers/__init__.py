@@ -1,0 +1,1 @@
+"""What runs on Ray: data, model, training loop, checkpoints. Speaks to the control plane through the bucket alone."""

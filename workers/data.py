@@ -1,0 +1,142 @@
+"""Batches: the micro-batches that this rank computes of each global batch, read ahead of the training thread."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from api.documents import DatasetDocument
+from api.errors import InvalidData, LockstepError
+from api.layout import DatasetLayout
+from api.storage import Bucket
+from workers.blocks import BlockCache, Shard
+from workers.order import Indices, SampleOrder, ShardShape
+
+_BATCHES_AHEAD = 4
+
+
+class TokenSplit:
+    """One split of a dataset: random access to its samples by position in the order, or by plain number."""
+
+    def __init__(
+        self, bucket: Bucket, layout: DatasetLayout, dataset: DatasetDocument, split: str, cache: Path
+    ) -> None:
+        """InvalidData if the dataset has no such split."""
+        if split not in dataset.splits:
+            raise InvalidData(f"dataset {dataset.name}@{dataset.version} has no {split} split")
+        dtype = np.dtype("<u2") if dataset.dtype == "uint16" else np.dtype("<u4")
+        documents = dataset.splits[split].shards
+        self.shards = [Shard(f"{layout.prefix}{split}/{doc.name}", doc, dtype) for doc in documents]
+        self.shapes = [ShardShape(doc.tokens, dtype.itemsize) for doc in documents]
+        self.cache = BlockCache(bucket, self.shards, cache)
+        self._vocab_size = dataset.vocab_size
+
+    def read(self, shard: Indices, sample: Indices, sequence_length: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets, each (len(sample), T): sample i is tokens [iT, iT+T]."""
+        T = sequence_length
+        windows = np.stack([self.cache.tokens(int(s), int(i) * T, T + 1) for s, i in zip(shard, sample, strict=True)])
+        if windows.max() >= self._vocab_size:
+            raise InvalidData(f"token {windows.max()} lies outside the vocabulary of {self._vocab_size}")
+        tokens = torch.from_numpy(windows)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def count(self, sequence_length: int) -> int:
+        """Samples in the split."""
+        return sum(max(0, (shape.tokens - 1) // sequence_length) for shape in self.shapes)
+
+
+class TrainBatches:
+    """This rank's micro-batches of global batch `step`, for each step from `first_step` on.
+
+    Global batch k is positions [kB, (k+1)B) of the order; micro-batch m of it is computed by the rank whose range
+    holds m. A thread reads a few batches ahead, and the blocks of the next window while this one is in use.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        sequence_length: int,
+        seed: int,
+        global_size: int,
+        micro_size: int,
+        micro_range: range,
+        first_step: int,
+    ) -> None:
+        self._split, self._T = split, sequence_length
+        self._order = SampleOrder(split.shapes, sequence_length, seed)
+        self._global_size, self._micro_size, self._micros = global_size, micro_size, micro_range
+        self._ready: queue.Queue[list[tuple[Tensor, Tensor]] | LockstepError] = queue.Queue(_BATCHES_AHEAD)
+        self._stop = threading.Event()
+        self.waited = 0.0
+        """Seconds that the training thread has waited for data."""
+        self._thread = threading.Thread(target=self._produce, args=(first_step,), daemon=True, name="batches")
+        self._thread.start()
+
+    def next(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the next step's micro-batches: (inputs, targets) of shape (micro, T) each.
+
+        Raises what the reading thread met: InvalidData, or a StorageError after its retries.
+        """
+        start = perf_counter()
+        item = self._ready.get()
+        self.waited += perf_counter() - start
+        if isinstance(item, LockstepError):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._split.cache.close()
+
+    def _produce(self, step: int) -> None:
+        try:
+            for batch in self._batches(step):
+                if not self._offer(batch):
+                    return
+        except LockstepError as error:
+            self._offer(error)
+
+    def _offer(self, item: list[tuple[Tensor, Tensor]] | LockstepError) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def _batches(self, step: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Step k, counted from 1, is global batch k - 1."""
+        position = (step - 1) * self._global_size
+        window: tuple[int, int] | None = None
+        while True:
+            if (here := self._order.window_of(position)) != window:
+                window = here
+                self._read_ahead(*window)
+            yield [self._micro_batch(position, micro) for micro in self._micros]
+            position += self._global_size
+
+    def _micro_batch(self, position: int, micro: int) -> tuple[Tensor, Tensor]:
+        first = position + micro * self._micro_size
+        shard, sample = self._order.locate(np.arange(first, first + self._micro_size))
+        return self._split.read(shard, sample, self._T)
+
+    def _read_ahead(self, epoch: int, window: int) -> None:
+        """Ask for every block of this window and the next, in that order; let go of all others."""
+        windows = self._order.windows(epoch)
+        following = windows[window + 1] if window + 1 < len(windows) else self._order.windows(epoch + 1)[0]
+        blocks = np.concatenate([windows[window], following])
+        wanted = [self._block_name(int(block)) for block in blocks]
+        self._split.cache.retain(set(wanted))
+        for name in wanted:
+            self._split.cache.request(*name)
+
+    def _block_name(self, block: int) -> tuple[int, int]:
+        shard = int(self._order.shard[block])
+        return shard, block - int(np.searchsorted(self._order.shard, shard))

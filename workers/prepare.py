@@ -1,0 +1,166 @@
+"""The Ray driver of a preparation: text to tokenizer, token shards and `dataset.json`, which is written last.
+
+It leaves the same traces as a training attempt (a segment with metrics, events, log and result), so that it has the
+same states and progress. It runs in one process; the same spec and text give the same bytes.
+"""
+
+import sys
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from api.documents import DatasetDocument, JobDocument, ResultDocument, ShardDocument, SplitDocument, now
+from api.errors import InvalidData
+from api.jobs import Reason
+from api.layout import DatasetLayout
+from api.spec import PrepareSpec
+from api.storage import Bucket
+from workers.attempt import NOT_OURS, Attempt, claim, log_to_stderr, parse_arguments
+from workers.control import Control, Halt
+from workers.corpus import TextDocument, read_documents, split
+from workers.ray_session import connect
+from workers.segment import Segment, begin_segment
+from workers.session import Session
+from workers.settings import WorkerSettings
+from workers.tokens import describe_shard, encode, shard_bytes, train_tokenizer, unigram_loss
+
+STEPS = 4
+"""Read, learn the tokenizer, encode the two splits: what progress counts."""
+
+
+def main() -> int:
+    """Run the attempt named on the command line."""
+    log_to_stderr()
+    arguments = parse_arguments()
+    settings = WorkerSettings()
+    bucket = Bucket(settings.storage)
+    attempt = claim(bucket, arguments.project, arguments.job, arguments.attempt, connect)
+    if attempt is None:
+        return NOT_OURS
+    run(attempt, bucket, settings)
+    return 0
+
+
+def run(attempt: Attempt, bucket: Bucket, settings: WorkerSettings) -> None:
+    """Prepare the dataset inside a segment of its own and write the outcome."""
+    spec = attempt.job.spec
+    assert isinstance(spec, PrepareSpec)
+    session = Session(attempt=attempt.number, restart=0)
+    segment, _ = begin_segment(attempt.job, session, bucket, None, settings.stream_interval)
+    control = Control(bucket, segment.job.control(attempt.number), session, settings.control_interval)
+    try:
+        dataset = prepare(attempt.job, spec, segment, control)
+        result = _result("succeeded", Reason.COMPLETED, f"dataset {dataset.name}@{dataset.version} is ready", dataset)
+    except Halt as halt:
+        result = _result(halt.outcome, halt.reason, halt.message, None)
+    except InvalidData as error:
+        result = _result("failed", Reason.INVALID_DATA, str(error), None)
+    finally:
+        control.close()
+    segment.finish(result)
+    segment.close()
+
+
+def prepare(job: JobDocument, spec: PrepareSpec, segment: Segment, control: Control) -> DatasetDocument:
+    """Read, tokenize and write a dataset; Halt when a stop is wanted, InvalidData when the text is no good."""
+    documents = read_documents(spec, job.project, segment.bucket)
+    parts = split(documents, spec)
+    size = sum(len(document.text.encode()) for document in documents)
+    done(segment, control, 1, f"read {len(documents)} documents, {size / 1e6:.1f} MB")
+
+    tokenizer = train_tokenizer(spec.tokenizer, (document.text for document in parts["train"]))
+    vocab_size = tokenizer.get_vocab_size()
+    done(segment, control, 2, f"learned a {spec.tokenizer.type} tokenizer of {vocab_size} tokens")
+
+    layout = DatasetLayout(job.project, spec.dataset, job.id)
+    dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
+    splits: dict[str, SplitDocument] = {}
+    tokens: dict[str, NDArray[np.int64]] = {}
+    for step, (name, part) in enumerate(parts.items(), start=3):
+        tokens[name] = np.concatenate(list(encode(tokenizer, [document.text for document in part])))
+        shards = write_shards(segment.bucket, layout, name, tokens[name], dtype, spec.shard_tokens, control)
+        splits[name] = describe_split(part, tokens[name], shards)
+        done(segment, control, step, f"{name}: {len(tokens[name]):,} tokens in {len(shards)} shards")
+
+    dataset = DatasetDocument(
+        name=spec.dataset,
+        version=job.id,
+        tokenizer=spec.tokenizer.type,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        splits=splits,
+        unigram_loss=unigram_loss(tokens["train"], tokens["eval"], vocab_size),
+        created_at=now(),
+    )
+    write_documents(segment.bucket, layout, tokenizer, dataset)
+    return dataset
+
+
+def done(segment: Segment, control: Control, step: int, message: str) -> None:
+    """Tell of a finished step, and stop here if that is wanted."""
+    segment.journal.metrics(step, {})
+    segment.journal.event(step, "progress", message)
+    control.check()
+
+
+def write_shards(
+    bucket: Bucket,
+    layout: DatasetLayout,
+    split_name: str,
+    tokens: NDArray[np.int64],
+    dtype: str,
+    shard_tokens: int,
+    control: Control,
+) -> list[ShardDocument]:
+    """Write a split as shards of at most `shard_tokens` tokens."""
+    shards = []
+    for index, start in enumerate(range(0, len(tokens), shard_tokens)):
+        some = tokens[start : start + shard_tokens]
+        body = shard_bytes(some, dtype)
+        key = layout.shard(split_name, index)
+        bucket.put(key, body)
+        shards.append(describe_shard(key.rpartition("/")[2], body, len(some)))
+        control.check()
+    return shards
+
+
+def describe_split(part: list[TextDocument], tokens: NDArray[np.int64], shards: list[ShardDocument]) -> SplitDocument:
+    return SplitDocument(
+        documents=len(part),
+        tokens=len(tokens),
+        text_bytes=sum(len(document.text.encode()) for document in part),
+        shards=shards,
+    )
+
+
+def write_documents(bucket: Bucket, layout: DatasetLayout, tokenizer: Tokenizer, dataset: DatasetDocument) -> None:
+    """Write the tokenizer and then `dataset.json`, which makes the dataset exist."""
+    bucket.put(layout.tokenizer, tokenizer.to_str().encode())
+    bucket.put_document(layout.document, dataset)
+
+
+def _result(outcome: str, reason: Reason, message: str, dataset: DatasetDocument | None) -> ResultDocument:
+    values = {}
+    if dataset is not None:
+        values = {
+            "dataset": f"{dataset.name}@{dataset.version}",
+            "vocab_size": dataset.vocab_size,
+            "unigram_loss": dataset.unigram_loss,
+            **{f"{name}_tokens": part.tokens for name, part in dataset.splits.items()},
+        }
+    return ResultDocument.model_validate(
+        {
+            "outcome": outcome,
+            "reason": reason,
+            "message": message,
+            "step": STEPS if dataset is not None else 0,
+            "values": values,
+            "created_at": now(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
