@@ -1,0 +1,71 @@
+"""The application: wiring only."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from api import __version__
+from api.errors import Problem
+from api.storage import Bucket, Timeouts
+from service import health, problems, routes
+from service.auth import ensure_key
+from service.jobs import Jobs
+from service.ray_backend import RayBackend
+from service.reconciler import Reconciler
+from service.settings import Settings
+from service.store import Store, make_engine, migrate
+
+DESCRIPTION = """
+Submit a job; it trains data-parallel on Ray, reads token shards from your bucket and writes verified checkpoints back.
+
+Send your API key as `Authorization: Bearer <key>`. Every error is `application/problem+json` (RFC 9457).
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the control plane, its database migrated and its reconciler started with the server."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    migrate(settings.database_url)
+    engine = make_engine(settings.database_url)
+    store = Store(engine)
+    if settings.bootstrap_key_path is not None:
+        ensure_key(store, settings.bootstrap_key_path)
+    bucket = Bucket(settings.storage, Timeouts(connect=2.0, read=settings.storage_timeout, attempts=3))
+    ray = RayBackend(settings.ray_address, settings.ray_token_path, settings.request_timeout)
+    reconciler = Reconciler(store, bucket, ray, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        reconciler.start()
+        yield
+        reconciler.stop()
+        ray.close()
+        engine.dispose()
+
+    app = FastAPI(title="Lockstep", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app.state.store, app.state.bucket, app.state.ray = store, bucket, ray
+    app.state.jobs = Jobs(store, bucket, ray, settings)
+    app.include_router(routes.router)
+    app.include_router(health.router)
+    app.add_middleware(problems.Edge, max_body_bytes=settings.max_body_bytes)
+    problems.install(app)
+    describe(app)
+    return app
+
+
+def describe(app: FastAPI) -> None:
+    """Put our error shape into the OpenAPI document, and leave FastAPI's own out."""
+    made = app.openapi
+
+    def openapi() -> dict[str, object]:
+        document = made()
+        schemas = document["components"]["schemas"]
+        schemas["Problem"] = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas["Fault"] = schemas["Problem"].pop("$defs", {}).get("Fault", schemas.get("Fault"))
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,51 @@
+"""/healthz and /readyz: is the process alive, and what does it stand on? The only routes without an API key."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.errors import LockstepError
+from api.jobs import Check, Readiness
+from api.layout import PROJECT
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+def checks(request: Request) -> dict[str, Callable[[], object]]:
+    """What is looked at; the bucket by reading a key that need not exist."""
+    state = request.app.state
+    return {
+        "database": state.store.ping,
+        "bucket": lambda: state.bucket.objects(f"{PROJECT}/readyz/"),
+        "ray": state.ray.session,
+    }
+
+
+@router.get("/readyz", responses={503: {"model": Readiness, "description": "The database does not answer"}})
+def readyz(response: Response, every: Annotated[dict[str, Callable[[], object]], Depends(checks)]) -> Readiness:
+    """Ready when the database answers; bucket and Ray are timed and at worst degraded, for a job can wait for them."""
+    with ThreadPoolExecutor(len(every)) as pool:
+        done = dict(zip(every, pool.map(_look, every.values()), strict=True))
+    if done["database"].status != "ok":
+        done["database"] = done["database"].model_copy(update={"status": "failed"})
+        response.status_code = 503
+    return Readiness(ready=done["database"].status == "ok", checks=done)
+
+
+def _look(check: Callable[[], object]) -> Check:
+    start = perf_counter()
+    try:
+        check()
+    except (LockstepError, SQLAlchemyError) as error:
+        return Check(status="degraded", milliseconds=(perf_counter() - start) * 1e3, message=str(error))
+    return Check(status="ok", milliseconds=(perf_counter() - start) * 1e3)

@@ -1,0 +1,1 @@
+"""Schema migrations, run by `lockstep-server migrate` and at every start."""

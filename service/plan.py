@@ -1,0 +1,157 @@
+"""The plan of a job: what it will need and do, from the spec, the dataset and the cluster. Pure; refuses in numbers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from api.arithmetic import parameter_count, samples, total_steps
+from api.documents import DatasetDocument
+from api.errors import Fault, InvalidSpec
+from api.jobs import MemoryPlan, PreparePlan, TrainPlan
+from api.spec import PrepareSpec, TrainSpec
+from service.admission import Node, why_never
+
+_FLOAT = 4
+"""Bytes of an fp32 number."""
+
+
+def plan_prepare(spec: PrepareSpec, nodes: Sequence[Node] | None, submission: dict[str, Any]) -> PreparePlan:
+    """Return the plan of a preparation; InvalidSpec if the cluster could never place it."""
+    _refuse(_placement_faults(spec, nodes))
+    return PreparePlan(spec=spec, submission=submission, warnings=_cluster_warnings(nodes))
+
+
+def plan_train(
+    spec: TrainSpec, dataset: DatasetDocument, nodes: Sequence[Node] | None, submission: dict[str, Any]
+) -> TrainPlan:
+    """Return the plan of a training; InvalidSpec with every fault if it cannot work.
+
+    `nodes` is None while Ray does not answer: then nothing is said about placement, and a warning says so.
+    """
+    length = spec.data.sequence_length
+    train_samples = samples(dataset, "train", length)
+    _refuse(_data_faults(spec, dataset, train_samples))
+    steps = total_steps(spec, train_samples)
+    parameters = parameter_count(spec.model, dataset.vocab_size, length)
+    memory = memory_plan(spec, parameters)
+    available = _memory_available(spec, nodes)
+    _refuse(_schedule_faults(spec, steps) + _placement_faults(spec, nodes) + _memory_faults(memory, available))
+    return TrainPlan(
+        spec=spec,
+        dataset_version=dataset.version,
+        parameters=parameters,
+        steps=steps,
+        tokens_per_step=spec.batch.global_size * length,
+        tokens=steps * spec.batch.global_size * length,
+        epochs=steps * spec.batch.global_size / train_samples,
+        memory_per_worker=memory,
+        checkpoint_size=3 * parameters * _FLOAT,
+        submission=submission,
+        warnings=_cluster_warnings(nodes) + _memory_warnings(memory, available) + _data_warnings(spec, dataset),
+    )
+
+
+def memory_plan(spec: TrainSpec, parameters: int) -> MemoryPlan:
+    """Return the bytes on one worker that the parameters cause. Activations are not estimated yet."""
+    weights = parameters * _FLOAT
+    alone = spec.resources.workers == 1
+    return MemoryPlan(
+        weights=weights,
+        # DDP's buckets hold the gradients themselves: its gradients are views into them.
+        gradients=weights,
+        optimizer=2 * weights,
+        ddp_buckets=0 if alone else min(weights, 25 * 2**20),
+        snapshot=2 * 3 * weights // spec.resources.workers,
+    )
+
+
+def _refuse(faults: list[Fault]) -> None:
+    if faults:
+        raise InvalidSpec(faults[0].message, errors=faults)
+
+
+def _data_faults(spec: TrainSpec, dataset: DatasetDocument, train_samples: int) -> list[Fault]:
+    faults = []
+    wanted = spec.model.vocab_size
+    if wanted is not None and wanted != dataset.vocab_size:
+        faults.append(
+            Fault(
+                path="$.model.vocab_size",
+                message=f"the dataset {dataset.name}@{dataset.version} was made with a vocabulary of "
+                f"{dataset.vocab_size}, not {wanted}; leave the field out, or prepare another dataset",
+            )
+        )
+    length = spec.data.sequence_length
+    eval_samples = samples(dataset, "eval", length)
+    for split, count in (("train", train_samples), ("eval", eval_samples)):
+        if count == 0:
+            faults.append(
+                Fault(
+                    path="$.data.sequence_length",
+                    message=f"no shard of the {split} split holds a sequence of {length} tokens and its target; "
+                    f"the split has {dataset.splits[split].tokens} tokens",
+                )
+            )
+    return faults
+
+
+def _schedule_faults(spec: TrainSpec, steps: int) -> list[Fault]:
+    warmup = spec.schedule.warmup_steps
+    if warmup is not None and warmup >= steps:
+        message = f"a warm-up of {warmup} steps does not fit into a run of {steps}"
+        return [Fault(path="$.schedule.warmup_steps", message=message)]
+    return []
+
+
+def _placement_faults(spec: TrainSpec | PrepareSpec, nodes: Sequence[Node] | None) -> list[Fault]:
+    why = why_never(spec, nodes) if nodes is not None else None
+    return [Fault(path="$.resources", message=why)] if why else []
+
+
+def _memory_available(spec: TrainSpec, nodes: Sequence[Node] | None) -> int | None:
+    """Bytes that one worker may use: what it reserves, else its share of the largest node it can share."""
+    if spec.resources.memory is not None:
+        return spec.resources.memory
+    if not nodes or spec.resources.gpus:
+        return None
+    largest = max(nodes, key=lambda node: node.total.get("memory", 0))
+    neighbours = min(spec.resources.workers, max(1, int(largest.total.get("CPU", 1) // spec.resources.cpus)))
+    return int(largest.total.get("memory", 0)) // neighbours
+
+
+def _memory_faults(memory: MemoryPlan, available: int | None) -> list[Fault]:
+    if available is None or memory.certain <= available:
+        return []
+    message = (
+        f"weights, gradients and optimizer alone take {_gib(memory.certain)} on each worker, "
+        f"which has {_gib(available)}; use a smaller model or more memory"
+    )
+    return [Fault(path="$.model", message=message)]
+
+
+def _memory_warnings(memory: MemoryPlan, available: int | None) -> list[str]:
+    if available is None:
+        return []
+    expected = memory.certain + memory.ddp_buckets + memory.snapshot
+    if expected <= 0.8 * available:
+        return []
+    return [
+        f"weights, gradients, optimizer, buckets and snapshot take {_gib(expected)} of the {_gib(available)} of each "
+        "worker, before activations; it may run out of memory"
+    ]
+
+
+def _data_warnings(spec: TrainSpec, dataset: DatasetDocument) -> list[str]:
+    wanted, there = spec.evaluate.sequences, samples(dataset, "eval", spec.data.sequence_length)
+    if wanted is None or wanted <= there:
+        return []
+    return [f"evaluate.sequences is {wanted}, but the eval split holds {there}; all of them are used"]
+
+
+def _cluster_warnings(nodes: Sequence[Node] | None) -> list[str]:
+    if nodes is not None:
+        return []
+    return ["Ray does not answer: the job will wait for it, and whether the cluster can place it is not known"]
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,144 @@
+"""Every error becomes application/problem+json (RFC 9457) with a request id; no traceback leaves the house."""
+
+import logging
+import secrets
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import (
+    ApiError,
+    BadRequest,
+    InvalidData,
+    InvalidSpec,
+    MethodNotAllowed,
+    NotFound,
+    Problem,
+    StorageError,
+    TooLarge,
+    Unavailable,
+    faults_of,
+)
+
+logger = logging.getLogger("lockstep.service")
+
+MEDIA_TYPE = "application/problem+json"
+_BY_STATUS = {kind.status: kind for kind in (BadRequest, NotFound, MethodNotAllowed, TooLarge)}
+
+
+def problem_responses(*kinds: type[ApiError]) -> dict[int | str, dict[str, Any]]:
+    """Return what OpenAPI shall say of the given errors."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for kind in kinds:
+        responses[kind.status] = {
+            "description": kind.title,
+            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }
+    return responses
+
+
+def install(app: FastAPI) -> None:
+    """Translate every exception at the edge."""
+
+    def handle(kind: type[Exception], translate: Any) -> None:
+        async def handler(request: Request, error: Exception) -> JSONResponse:
+            return answer(translate(error), request_id(request.scope))
+
+        app.add_exception_handler(kind, handler)
+
+    handle(ApiError, lambda error: error)
+    handle(RequestValidationError, _from_validation)
+    handle(HTTPException, _from_http)
+    handle(StorageError, lambda error: Unavailable(str(error)))
+    handle(InvalidData, lambda error: Unavailable(f"the bucket holds something that cannot be read: {error}"))
+    handle(SQLAlchemyError, _from_database)
+    handle(Exception, _from_bug)
+
+
+def answer(error: ApiError, request: str) -> JSONResponse:
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if error.status == 503:
+        headers["Retry-After"] = "5"
+    body: Problem = error.problem(request)
+    return JSONResponse(body.model_dump(mode="json"), error.status, headers, MEDIA_TYPE)
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    if any(fault["type"] == "json_invalid" for fault in error.errors()):
+        return BadRequest("the body is not valid JSON")
+    faults = faults_of(list(error.errors()))
+    count = f"{len(faults)} faults, the first one at " if len(faults) > 1 else ""
+    return InvalidSpec(f"{count}{faults[0].path}: {faults[0].message}", errors=faults)
+
+
+def _from_http(error: HTTPException) -> ApiError:
+    kind = _BY_STATUS.get(error.status_code, BadRequest)
+    return kind(str(error.detail))
+
+
+def _from_database(error: SQLAlchemyError) -> ApiError:
+    logger.error("the database failed: %s", error)
+    return Unavailable("the database does not answer; nothing was changed")
+
+
+def _from_bug(error: Exception) -> ApiError:
+    logger.error("an unexpected error", exc_info=error)
+    return ApiError("an unexpected error; the log of the control plane has it under this request id")
+
+
+def request_id(scope: Scope) -> str:
+    return str(scope.get("state", {}).get("request_id", ""))
+
+
+class Edge:
+    """The outermost layer: gives each request an id, and cuts off a body that grows beyond the limit as it arrives."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app, self._limit = app, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, self._bounded(scope, receive), send_with_id)
+        except _BodyTooLarge:
+            if not started:
+                error = TooLarge(f"the body is larger than {self._limit} bytes")
+                await answer(error, request)(scope, receive, send_with_id)
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        seen = 0
+
+        async def bounded() -> Message:
+            nonlocal seen
+            if announced.isdigit() and int(announced) > self._limit:
+                raise _BodyTooLarge
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._limit:
+                raise _BodyTooLarge
+            return message
+
+        return bounded
+
+
+class _BodyTooLarge(BaseException):
+    """Not an Exception, so that no layer in between takes it for a fault of the body's content."""

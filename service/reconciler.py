@@ -1,0 +1,302 @@
+"""The reconciler: for every live job, observe, decide, act, apply. Forever, and from any state that a crash left.
+
+Each act is safe to repeat: documents are rewritten with the same content, a submission id is deterministic and Ray
+takes it once, and every change of state is one guarded update. Nothing is remembered between passes.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.documents import (
+    AttemptDocument,
+    CheckpointRef,
+    ControlDocument,
+    FinalDocument,
+    JobDocument,
+    Wish,
+    now,
+)
+from api.errors import LockstepError, StorageError
+from api.jobs import JobState, Reason
+from api.layout import JobLayout
+from api.names import submission_id
+from api.spec import PrepareSpec, TrainSpec
+from api.storage import Bucket
+from service.admission import why_not_now
+from service.failpoints import failpoint
+from service.lifecycle import (
+    REASONS,
+    Begin,
+    Decision,
+    Finish,
+    JobView,
+    Move,
+    Observation,
+    Policy,
+    Recover,
+    StopRay,
+    Submit,
+    TellStop,
+    Wait,
+    decide,
+)
+from service.observer import ClusterView, observe, observe_cluster
+from service.progress import read_progress
+from service.ray_backend import RayBackend, RayUnreachable
+from service.render import submission
+from service.run_reader import read_attempt, read_history
+from service.settings import Settings
+from service.store import JobRow, NewEvent, Store
+
+logger = logging.getLogger("lockstep.service")
+
+
+class Reconciler:
+    """Drives every job of the store towards its end."""
+
+    def __init__(self, store: Store, bucket: Bucket, ray: RayBackend, settings: Settings) -> None:
+        self._store, self._bucket, self._ray, self._settings = store, bucket, ray, settings
+        self._policy = Policy(settings.start_deadline, settings.stop_grace, settings.retry_backoff)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="reconciler")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the present pass."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.reconcile_all()
+            except SQLAlchemyError as error:
+                logger.warning("the database does not answer, nothing is decided: %s", error)
+            self._stop.wait(self._settings.reconcile_interval)
+
+    def reconcile_all(self) -> None:
+        """One pass over every live job, oldest first, and over what deleted jobs left in the bucket."""
+        live = self._store.live()
+        if live:
+            cluster = observe_cluster(self._ray)
+            line = Line(live)
+            for job in live:
+                if self._stop.is_set():
+                    return
+                self._reconcile_safely(job, cluster, line)
+        for job in self._store.to_purge():
+            self._purge(job)
+
+    def _reconcile_safely(self, job: JobRow, cluster: ClusterView, line: "Line") -> None:
+        """One job's trouble must not stop the others."""
+        try:
+            self.reconcile(job, cluster, line)
+        except (LockstepError, ValueError) as error:
+            logger.warning("job %s attempt %d: %s", job.id, job.attempt, error)
+
+    def reconcile(self, job: JobRow, cluster: ClusterView, line: "Line") -> None:
+        """Observe, decide, act, apply."""
+        seen = observe(job, cluster, self._ray, self._bucket, line.why_not_now(job, cluster))
+        if job.attempt and seen.bucket_reachable:
+            job = self._note_progress(job)
+        decision = decide(view(job), seen, now(), self._policy)
+        self._carry_out(job, seen, decision)
+        line.note(job, decision)
+
+    def _carry_out(self, job: JobRow, seen: Observation, decision: Decision) -> None:
+        match decision:
+            case Wait(condition, message):
+                self._wait(job, condition, message)
+            case Begin(ray_session):
+                self._begin(job, ray_session)
+            case Submit():
+                self._submit(job)
+            case Move(state, message, stop_reason):
+                changes: dict[str, Any] = {"stop_reason": stop_reason} if stop_reason else {}
+                if state is JobState.RUNNING and job.started_at is None:
+                    changes["started_at"] = now()
+                self._enter(job, state, message, changes)
+            case TellStop():
+                self._tell(job, "cancel")
+            case StopRay():
+                self._ray.stop(submission_id(job.id, job.attempt))
+            case Recover(reason, message):
+                self._recover(job, seen, reason, message)
+            case Finish(state, reason, message):
+                self._finish(job, seen, state, reason, message)
+
+    def _wait(self, job: JobRow, condition: str | None, message: str) -> None:
+        """Show what the job waits for; nothing else changes. `since` stays while the condition does."""
+        old = job.conditions[0] if job.conditions else None
+        if condition is None:
+            if old is not None:
+                self._store.apply(job, {"conditions": []})
+            return
+        if old is not None and (old["type"], old["message"]) == (condition, message):
+            return
+        same = old is not None and old["type"] == condition
+        since = old["since"] if old is not None and same else now().isoformat()
+        conditions = [{"type": condition, "message": message, "since": since}]
+        self._store.apply(job, {"conditions": conditions}, [] if same else [NewEvent("condition", message)])
+
+    def _begin(self, job: JobRow, ray_session: str) -> None:
+        """Write down the intent. Only after that may anything be done for the attempt."""
+        attempt = job.attempt + 1
+        changes = {"attempt": attempt, "ray_session": ray_session, "conditions": []}
+        message = f"attempt {attempt} begins"
+        if self._enter(job, JobState.STARTING, message, changes, data={"attempt": attempt}) is not None:
+            failpoint("after_intent", self._settings.failpoint)
+
+    def _submit(self, job: JobRow) -> None:
+        """Write the attempt down in the bucket, then post it. A failed post decides nothing: the next pass looks."""
+        layout = JobLayout(job.project, job.id)
+        spec = job.parsed_spec
+        assert job.ray_session is not None
+        self._bucket.put_document(layout.job, job_document(job, spec))
+        self._bucket.put_document(layout.control(job.attempt), ControlDocument(wish="run"))
+        attempt = AttemptDocument(
+            job_id=job.id,
+            attempt=job.attempt,
+            submission_id=submission_id(job.id, job.attempt),
+            ray_session=job.ray_session,
+            created_at=job.state_since,
+        )
+        self._bucket.put_document(layout.attempt(job.attempt), attempt)
+        failpoint("after_attempt_record", self._settings.failpoint)
+        try:
+            self._ray.submit(submission(spec, job.project, job.id, job.attempt, self._settings))
+        except RayUnreachable as error:
+            logger.warning("job %s attempt %d: the post was not confirmed: %s", job.id, job.attempt, error)
+        failpoint("after_submit", self._settings.failpoint)
+
+    def _tell(self, job: JobRow, wish: Wish) -> None:
+        self._bucket.put_document(JobLayout(job.project, job.id).control(job.attempt), ControlDocument(wish=wish))
+
+    def _recover(self, job: JobRow, seen: Observation, reason: Reason, message: str) -> None:
+        """Give the attempt up. Should it still live somewhere, its control object tells it that it is superseded."""
+        self._tell(job, "superseded")
+        if not seen.ray.over:
+            self._ray.stop(submission_id(job.id, job.attempt))
+        faults = job.faults + int(REASONS[reason].counts)
+        self._enter(
+            job, JobState.RECOVERING, message, {"faults": faults}, data={"reason": reason, "attempt": job.attempt}
+        )
+
+    def _finish(self, job: JobRow, seen: Observation, state: JobState, reason: Reason, message: str) -> None:
+        """Record the end, and with it where the history ends: the newest segment of the present attempt."""
+        result = seen.result
+        end = self._history_end(job)
+        document = FinalDocument(state=state, reason=reason, message=message, end=end, created_at=now())
+        changes = {
+            "reason": reason,
+            "ended_at": now(),
+            "conditions": [],
+            "result": result.values if result is not None and state is JobState.SUCCEEDED else {},
+            "history_end": end.model_dump() if end is not None else None,
+        }
+        if job.attempt:
+            # Before the state: a reader of the bucket alone must find the end of whatever the database calls ended.
+            self._bucket.put_document(JobLayout(job.project, job.id).final, document)
+        self._enter(job, state, message, changes, data={"reason": reason})
+
+    def _history_end(self, job: JobRow) -> CheckpointRef | None:
+        if not job.attempt:
+            return None
+        layout = JobLayout(job.project, job.id)
+        traces = read_attempt(self._bucket, layout, job.attempt)
+        if traces.segment is not None:
+            step = traces.result.step if traces.result is not None else int(job.progress.get("step") or 0)
+            return CheckpointRef(segment=traces.segment, step=step)
+        spans = read_history(self._bucket, layout, None)
+        return CheckpointRef(segment=spans[-1].segment, step=int(job.progress.get("step") or 0)) if spans else None
+
+    def _enter(
+        self, job: JobRow, state: JobState, message: str, changes: dict[str, Any], data: dict[str, Any] | None = None
+    ) -> JobRow | None:
+        """Change the state: one guarded update and one event. None if somebody was faster; then nothing happened."""
+        everything = {"conditions": [], **changes, "state": state.value, "state_since": now(), "message": message}
+        applied = self._store.apply(job, everything, [NewEvent("state", message, state, data or {})])
+        if applied is not None:
+            logger.info("job %s attempt %d: %s, %s", job.id, applied.attempt, state, message)
+        return applied
+
+    def _note_progress(self, job: JobRow) -> JobRow:
+        """Keep progress and the workers' events with the job; return the row as it is now."""
+        try:
+            changes, events = read_progress(job, self._bucket)
+        except StorageError:
+            return job
+        return (self._store.apply(job, changes, events) or job) if changes else job
+
+    def _purge(self, job: JobRow) -> None:
+        """Delete the objects of a job whose tombstone stands."""
+        try:
+            keys = [item.key for item in self._bucket.objects(JobLayout(job.project, job.id).prefix)]
+            self._bucket.delete(keys)
+        except StorageError as error:
+            logger.warning("job %s: its objects cannot be deleted now: %s", job.id, error)
+            return
+        self._store.apply(job, {"purged_at": now()})
+
+
+@dataclass
+class Line:
+    """The line of jobs in one pass: first in, first out, when they fit; who waits holds up those behind."""
+
+    active: list[TrainSpec | PrepareSpec]
+    waiting: int
+
+    def __init__(self, live: list[JobRow]) -> None:
+        held = (JobState.STARTING, JobState.RUNNING, JobState.CANCELLING)
+        self.active = [job.parsed_spec for job in live if job.state in held]
+        self.waiting = 0
+
+    def why_not_now(self, job: JobRow, cluster: ClusterView) -> str | None:
+        if job.state not in (JobState.QUEUED, JobState.RECOVERING):
+            return None
+        return why_not_now(job.parsed_spec, self.active, cluster.nodes, self.waiting)
+
+    def note(self, job: JobRow, decision: Decision) -> None:
+        """Count a job that has begun among the active ones, and one that waits among those ahead."""
+        if isinstance(decision, Begin):
+            self.active.append(job.parsed_spec)
+        elif job.state in (JobState.QUEUED, JobState.RECOVERING) and isinstance(decision, Wait):
+            self.waiting += 1
+
+
+def view(job: JobRow) -> JobView:
+    """Return what `decide` needs of a row."""
+    spec = job.parsed_spec
+    deadline: datetime | None = None
+    if spec.deadline is not None:
+        deadline = job.created_at + timedelta(seconds=spec.deadline)
+    return JobView(
+        state=JobState(job.state),
+        attempt=job.attempt,
+        faults=job.faults,
+        retries=spec.retries,
+        ray_session=job.ray_session,
+        cancel_requested=bool(job.cancel_requested),
+        stop_reason=Reason(job.stop_reason) if job.stop_reason else None,
+        state_since=job.state_since,
+        deadline=deadline,
+    )
+
+
+def job_document(job: JobRow, spec: TrainSpec | PrepareSpec) -> JobDocument:
+    return JobDocument(
+        id=job.id,
+        project=job.project,
+        owner=job.owner,
+        spec=spec,
+        dataset_version=job.dataset_version,
+        created_at=job.created_at,
+    )

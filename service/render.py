@@ -1,0 +1,32 @@
+"""What is posted to Ray for an attempt: a pure function, also shown by a dry run. Nothing secret may be in it."""
+
+from typing import Any
+
+from api.names import submission_id
+from api.spec import PrepareSpec, TrainSpec
+from service.settings import Settings
+
+
+def submission(
+    spec: TrainSpec | PrepareSpec, project: str, job_id: str, attempt: int, settings: Settings
+) -> dict[str, Any]:
+    """Return the body of Ray's `POST /api/jobs/`. Every part of the command line is ours or of our own alphabet."""
+    module = "workers.main" if isinstance(spec, TrainSpec) else "workers.prepare"
+    command = f"exec {settings.worker_python} -m {module} --project {project} --job {job_id} --attempt {attempt}"
+    body: dict[str, Any] = {
+        "entrypoint": command,
+        "submission_id": submission_id(job_id, attempt),
+        "metadata": {"name": spec.name, "job_id": job_id, "attempt": str(attempt), "kind": spec.kind},
+        "runtime_env": {
+            "env_vars": {
+                "PYTHONSAFEPATH": "1",
+                "PYTHONUNBUFFERED": "1",
+                "RAY_JOB_STOP_WAIT_TIME_S": "10",
+                # Makes the run and its workers appear on the dashboard's Train page.
+                "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+            }
+        },
+    }
+    if isinstance(spec, PrepareSpec):
+        body["entrypoint_num_cpus"] = spec.resources.cpus
+    return body
