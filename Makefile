@@ -1,0 +1,45 @@
+# make demo   the whole path on this machine, from text to a trained model, and everything stopped again
+# make up     the same stack, left running until Ctrl-C
+# make test   format, lint, types, import contracts, unit, integration and e2e tests
+# make bench  what takes minutes: full reference runs and throughput
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo up check unit test bench clean
+
+demo: .venv/local
+	$(BIN)/lockstep-server demo
+
+up: .venv/local
+	$(BIN)/lockstep-server up
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: .venv/dev
+	$(BIN)/pytest tests/unit
+
+test: check
+	$(BIN)/pytest tests/unit tests/integration tests/e2e
+
+bench: .venv/dev
+	$(BIN)/pytest tests/bench
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# Plain pip: a resolver that prefers another index could bring torch's CUDA build to a machine without a GPU.
+.venv/local: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Lockstep needs Python 3.11 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar on -c constraints.txt -e '.[local]'
+	@touch $@
+
+.venv/dev: .venv/local
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,143 @@
+"""`make demo`: the whole path on one machine, as a user would go it, over REST; then everything is stopped again."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from api import show
+from api.client import Client
+from api.errors import LockstepError
+from api.jobs import Job, JobState
+from api.profile import load
+
+EXAMPLES = Path(__file__).parents[1] / "deploy" / "examples"
+_START_SECONDS = 120.0
+_STOP_SECONDS = 40.0
+
+
+class DemoFailed(LockstepError):
+    """The demo did not come to its end; the message says where."""
+
+
+def demo() -> int:
+    """Prepare a dataset, train on it, show the result; return the exit code."""
+    console = Console()
+    began = time.monotonic()
+    try:
+        with local_stack(console) as (client, url):
+            prepared = run_job(console, client, "stdlib.yaml", "Preparing a dataset from Python's own sources")
+            trained = run_job(console, client, "stdlib-gpt.yaml", "Training a 3 M parameter decoder on two workers")
+            console.print(summary(prepared, trained, client, url))
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+    except LockstepError as error:
+        console.print(f"[red]The demo failed:[/red] {error}")
+        return 1
+    console.print(f"Done in {time.monotonic() - began:.0f} s; everything that the demo started is stopped again.")
+    return 0
+
+
+@contextmanager
+def local_stack(console: Console) -> Iterator[tuple[Client, str]]:
+    """Run `up` on temporary state and free ports, so that no running stack is touched; stop it at the end."""
+    with tempfile.TemporaryDirectory(prefix="lockstep-demo-") as folder:
+        profile = Path(folder) / "profile.json"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LOCKSTEP_")}
+        environment |= {"LOCKSTEP_PROFILE": str(profile), "PYTHONUNBUFFERED": "1"}
+        # The example needs two workers, also on a machine with a single core.
+        cpus = str(max(2, os.cpu_count() or 1))
+        ports = ["--port", "0", "--dashboard-port", "0", "--s3-port", "0"]
+        command = [sys.executable, "-m", "service.cli", "up", "--state", f"{folder}/state", "--cpus", cpus, *ports]
+        up = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            found = wait_for(profile, up)
+            with Client(found.url, found.api_key) as client:
+                wait_until_ready(client, up)
+                yield client, found.url
+        finally:
+            stop(up)
+
+
+def wait_for(profile: Path, up: "subprocess.Popen[bytes]") -> Any:
+    """Return the client's profile once `up` has written it."""
+    deadline = time.monotonic() + _START_SECONDS
+    while not profile.exists():
+        check_alive(up, deadline)
+        time.sleep(0.2)
+    return load({"LOCKSTEP_PROFILE": str(profile)})
+
+
+def wait_until_ready(client: Client, up: "subprocess.Popen[bytes]") -> None:
+    """Wait for the database, the bucket and Ray."""
+    deadline = time.monotonic() + _START_SECONDS
+    while any(check.status != "ok" for check in client.ready().checks.values()):
+        check_alive(up, deadline)
+        time.sleep(0.5)
+
+
+def check_alive(up: "subprocess.Popen[bytes]", deadline: float) -> None:
+    if up.poll() is not None:
+        raise DemoFailed(f"the local stack ended with exit code {up.returncode}; its messages are above")
+    if time.monotonic() > deadline:
+        raise DemoFailed(f"the local stack was not ready within {_START_SECONDS:.0f} s")
+
+
+def stop(up: "subprocess.Popen[bytes]") -> None:
+    up.send_signal(signal.SIGTERM)
+    try:
+        up.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        up.kill()
+        raise DemoFailed("the local stack did not stop in time") from None
+
+
+def run_job(console: Console, client: Client, example: str, title: str) -> Job:
+    """Submit an example over REST and follow it to its end; DemoFailed unless it succeeds."""
+    console.rule(title)
+    job = client.submit(yaml.safe_load((EXAMPLES / example).read_text()))
+    console.print(f"deploy/examples/{example} → {job.id}")
+    ended = show.watch(console, client.follow(job.id))
+    if ended is None or ended.state is not JobState.SUCCEEDED:
+        state = f"{ended.state}: {ended.message}" if ended else "still running"
+        for line in client.logs(job.id).items[-20:]:
+            console.print(f"  rank {line.rank}: {line.text}", markup=False)
+        raise DemoFailed(f"job {job.id} is {state}")
+    return ended
+
+
+def summary(prepared: Job, trained: Job, client: Client, url: str) -> Panel:
+    """What came out: losses side by side, generated text, where the checkpoints are, where `make up` would be."""
+    figures = Table("", "loss (nats/token)", "perplexity", box=None, header_style="bold")
+    unigram, loss = float(trained.result["unigram_loss"]), float(trained.result["eval_loss"])
+    for name, value in (("unigram frequencies of the same data", unigram), ("the trained model", loss)):
+        figures.add_row(name, f"{value:.3f}", f"{perplexity(value):.1f}")
+    body = Table.grid(padding=(0, 0, 1, 0))
+    body.add_row(figures)
+    body.add_row(Text.assemble(("It writes:\n", "bold"), str(trained.result["sample"])))
+    places = Text.assemble(("Checkpoints, complete and verified, in the bucket:\n", "bold"))
+    for checkpoint in client.checkpoints(trained.id).items:
+        places.append(f"  step {checkpoint.step:>4}  {checkpoint.prefix}  {checkpoint.size / 2**20:.1f} MiB\n")
+    places.append("`make up` leaves all this running:\n", "bold")
+    places.append("  API docs       http://127.0.0.1:8700/docs\n  Ray dashboard  http://127.0.0.1:8265\n")
+    places.append(f"(this run's own API was at {url}; trained on {prepared.result['dataset']})")
+    body.add_row(places)
+    return Panel(body, title="Result", border_style="green", expand=False)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss)
