@@ -49,7 +49,7 @@ class Problem(BaseModel):
 class ApiError(LockstepError):
     """An answer of the API that is not a success."""
 
-    status: ClassVar[int] = 500
+    status: int = 500
     name: ClassVar[str] = "internal-error"
     title: ClassVar[str] = "Something went wrong on our side"
 
@@ -128,7 +128,9 @@ def api_error(problem: Problem) -> ApiError:
     """Return the error that an answer stands for; a plain ApiError for a type that we do not know."""
     name = problem.type.rpartition(":")[2]
     kind = next((k for k in ApiError.__subclasses__() if k.name == name), ApiError)
-    return kind(problem.detail, errors=problem.errors, request_id=problem.request_id)
+    error = kind(problem.detail, errors=problem.errors, request_id=problem.request_id)
+    error.status = problem.status
+    return error
 
 
 class Unreachable(LockstepError):
@@ -165,12 +167,14 @@ def faults_of(errors: list[Any]) -> list[Fault]:
     return faults
 
 
+#: What pydantic puts into a location that is no field: the request's body, and the tags of unions.
+_NO_FIELDS = {"body", "train", "prepare", "python-stdlib"}
+
+
 def _json_path(loc: tuple[int | str, ...]) -> str:
     path = "$"
-    for i, part in enumerate(loc):
-        if i == 0 and part in ("body", "train", "prepare"):
-            continue
-        if i == 1 and loc[0] == "body" and part in ("train", "prepare"):
+    for before, part in zip((None, *loc), loc, strict=False):
+        if part in _NO_FIELDS or (before, part) == ("source", "text"):
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path

@@ -39,7 +39,8 @@ def history(segments: Iterable[SegmentDocument], end: CheckpointRef | None = Non
     limit = end.step if end else None
     spans: list[Span] = []
     while last is not None:
+        by_id.pop(last.segment, None)
         origin = last.origin
         spans.append(Span(last.segment, origin.step if origin else 0, limit))
-        last, limit = (by_id.pop(origin.segment, None), origin.step) if origin else (None, None)
+        last, limit = (by_id.get(origin.segment), origin.step) if origin else (None, None)
     return spans[::-1]

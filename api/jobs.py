@@ -118,6 +118,8 @@ class MetricPoint(Answer):
     step: int
     at: datetime
     values: dict[str, float]
+    """loss and eval_loss in nats per token; tokens_per_second over all workers; data_wait and checkpoint_stall as
+    fractions of the time since the line before; memory_bytes of rank 0."""
 
 
 class Checkpoint(Answer):
@@ -142,7 +144,7 @@ class LogLine(Answer):
 class Page(Answer, Generic[T]):
     items: list[T]
     next_cursor: str | None = None
-    """Pass as `cursor` for the next page; null on the last one."""
+    """What to pass for the next page: as `cursor` for jobs and logs, as `after` for events. Null when there is none."""
 
 
 class MemoryPlan(Answer):

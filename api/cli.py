@@ -1,0 +1,327 @@
+"""The command `lockstep`: submit jobs and see what becomes of them.
+
+Exit codes: 0 done (or the job succeeded), 1 the job failed, 2 usage or a bad spec, 3 the job was cancelled,
+4 the control plane did not answer or had an error of its own, 130 Ctrl-C.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+from typer.core import TyperGroup
+
+from . import __version__, profile, show
+from .client import Client, Update
+from .documents import now
+from .errors import ApiError, LockstepError
+from .jobs import Job, JobState, LogLine
+
+JOB_FAILED, BAD_REQUEST, JOB_CANCELLED, NO_SERVER, INTERRUPTED = 1, 2, 3, 4, 130
+_END_CODES = {JobState.FAILED: JOB_FAILED, JobState.CANCELLED: JOB_CANCELLED}
+
+
+class SpecFileError(LockstepError):
+    """A spec file cannot be read, or is not a mapping of YAML or JSON."""
+
+
+class Output(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+
+
+class _Commands(TyperGroup):
+    """A command group in which an error of Lockstep's own is a message and an exit code, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LockstepError as error:
+            _complain(error)
+            raise typer.Exit(_code_of(error)) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Submit training jobs to Lockstep and see what becomes of them.",
+    epilog="Exit codes: 0 done, 1 job failed, 2 usage or bad spec, 3 job cancelled, 4 no server, 130 Ctrl-C.",
+)
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+Format = Annotated[Output, typer.Option("--output", "-o", help="A table for people, the API's JSON for programs.")]
+Connect = Callable[[], Client]
+
+
+def main() -> None:
+    """Run the console script."""
+    app()
+
+
+def connect() -> Client:
+    """Return a client of the control plane that the environment or the profile names. Raises ProfileError."""
+    found = profile.load()
+    return Client(found.url, found.api_key)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"lockstep {__version__}")
+        raise typer.Exit()
+    ctx.obj = ctx.obj or connect
+
+
+@app.command()
+def submit(
+    ctx: typer.Context,
+    file: Annotated[str, typer.Argument(help="A YAML or JSON file, or - for standard input.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Stay until the job has ended.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and submit nothing.")] = False,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Submitting again with the same key returns the first job.")
+    ] = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Submit a job."""
+    if watch and dry_run:
+        raise typer.BadParameter("--watch and --dry-run exclude each other: a dry run has nothing to watch")
+    spec = read_spec(file)
+    with _client(ctx) as client:
+        if dry_run:
+            plan = client.plan(spec)
+            return _print(client, output, lambda: show.plan(plan))
+        job = client.submit(spec, idempotency_key=idempotency_key)
+        if watch:
+            return _watch(client, job.id, output)
+        return _print(client, output, lambda: show.job_detail(job, now()))
+
+
+@app.command("list")
+def list_jobs(
+    ctx: typer.Context,
+    state: Annotated[JobState | None, typer.Option(help="Only jobs in this state.")] = None,
+    name: Annotated[str | None, typer.Option(help="Only jobs of this name.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most jobs to show.")] = 50,
+    cursor: Annotated[str | None, typer.Option(help="Where the page before this one said to go on.")] = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """List jobs, newest first."""
+    with _client(ctx) as client:
+        page = client.list(state, name, limit, cursor)
+        _print(client, output, lambda: show.job_table(page.items, now()))
+    if page.next_cursor and output is Output.TABLE:
+        typer.echo(f"There are more: --cursor {show.plain(page.next_cursor)}", err=True)
+
+
+@app.command("show")
+def show_job(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
+    """Show one job."""
+    with _client(ctx) as client:
+        job = client.get(job_id)
+        _print(client, output, lambda: show.job_detail(job, now()))
+
+
+@app.command()
+def watch(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
+    """Watch a job until it has ended; the exit code says how. With -o json: a line for each event, then the job."""
+    with _client(ctx) as client:
+        _watch(client, job_id, output)
+
+
+@app.command()
+def logs(
+    ctx: typer.Context,
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only this worker's.")] = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Print what the workers wrote. With -o json: a line for each line."""
+    with _client(ctx) as client:
+        for line in client.tail(job_id, rank) if follow else _all_lines(client, job_id, rank):
+            if output is Output.JSON:
+                _print_line(line)
+            else:
+                typer.echo(_log_line(line, rank))
+
+
+@app.command()
+def metrics(
+    ctx: typer.Context,
+    job_id: JobId,
+    keys: Annotated[str | None, typer.Option(help="Which, with commas between: loss,eval_loss.")] = None,
+    from_step: Annotated[int, typer.Option(min=0, help="Leave out what lies before this step.")] = 0,
+    max_points: Annotated[int | None, typer.Option(min=1, help="Thin the points out to this number.")] = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Print a job's metrics."""
+    chosen = None if keys is None else [key for key in keys.split(",") if key]
+    with _client(ctx) as client:
+        page = client.metrics(job_id, chosen, from_step, max_points)
+        _print(client, output, lambda: show.metrics_table(page.items, chosen))
+
+
+@app.command()
+def checkpoints(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
+    """List a job's checkpoints."""
+    with _client(ctx) as client:
+        page = client.checkpoints(job_id)
+        _print(client, output, lambda: show.checkpoints_table(page.items, now()))
+
+
+@app.command()
+def cancel(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
+    """Stop a job."""
+    with _client(ctx) as client:
+        job = client.cancel(job_id)
+        _print(client, output, lambda: show.job_detail(job, now()))
+
+
+@app.command()
+def delete(
+    ctx: typer.Context,
+    job_id: JobId,
+    checkpoint: Annotated[int | None, typer.Option(min=0, help="Only the checkpoint of this step.")] = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Delete an ended job with everything it wrote, or one checkpoint of it."""
+    with _client(ctx) as client:
+        if checkpoint is None:
+            client.delete(job_id)
+        else:
+            client.delete_checkpoint(job_id, checkpoint)
+        what = job_id if checkpoint is None else f"the checkpoint of {job_id} at step {checkpoint}"
+        _print(client, output, lambda: show.plain(f"Deleted {what}."))
+
+
+def read_spec(file: str) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file (`-`: standard input). Raises SpecFileError."""
+    where = "standard input" if file == "-" else file
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        spec = json.loads(text) if file.endswith(".json") else yaml.load(text, _SpecLoader)
+    except OSError as error:
+        raise SpecFileError(f"{where} cannot be read: {error.strerror}.") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise SpecFileError(f"{where}{place}: not valid YAML: {problem}.") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise SpecFileError(f"{where} is not YAML or JSON: {show.plain(str(error))}.") from error
+    if not isinstance(spec, dict):
+        raise SpecFileError(f"{where} holds no job spec: it must be a mapping, such as `name: my-first-job`.")
+    return spec
+
+
+class _SpecLoader(yaml.SafeLoader):
+    """YAML as its version 1.2 reads it, which is as JSON would: `6e-4` is a number, `no` and a date are text."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:  # PyYAML would let the last one win
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+
+
+_SpecLoader.yaml_implicit_resolvers = {}  # none of YAML 1.1, whose rules these replace
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    ("merge", r"<<", ["<"]),
+):
+    _SpecLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_SpecLoader.add_constructor("tag:yaml.org,2002:int", _SpecLoader.construct_integer)
+
+
+@contextmanager
+def _client(ctx: typer.Context) -> Iterator[Client]:
+    make: Connect = ctx.obj
+    with make() as client:
+        yield client
+
+
+def _print(client: Client, output: Output, view: Callable[[], RenderableType]) -> None:
+    if output is Output.TABLE:
+        Console().print(view(), markup=False, highlight=False)
+    elif client.last_answer:
+        typer.echo(client.last_answer.decode().rstrip("\n"))
+
+
+def _watch(client: Client, job_id: str, output: Output) -> None:
+    try:
+        updates = client.follow(job_id)
+        job = _print_events(updates) if output is Output.JSON else show.watch(Console(), updates)
+    except KeyboardInterrupt:
+        typer.echo(f"The job goes on without you. To stop it: lockstep cancel {show.plain(job_id)}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    raise typer.Exit(_END_CODES.get(job.state, 0) if job else 0)
+
+
+def _print_events(updates: Iterator[Update]) -> Job | None:
+    job = None
+    for update in updates:
+        job = update.job
+        for event in update.events:
+            _print_line(event)
+    if job:
+        _print_line(job)
+    return job
+
+
+def _print_line(answer: BaseModel) -> None:
+    typer.echo(answer.model_dump_json())
+
+
+def _all_lines(client: Client, job_id: str, rank: int | None) -> Iterator[LogLine]:
+    cursor = None
+    while True:
+        page = client.logs(job_id, rank, cursor)
+        yield from page.items
+        if not (cursor := page.next_cursor):
+            return
+
+
+def _log_line(line: LogLine, rank: int | None) -> str:
+    text = show.plain(line.text.expandtabs())
+    return text if rank is not None else f"[{line.rank}] {text}"
+
+
+def _complain(error: LockstepError) -> None:
+    typer.echo(show.plain(str(error)), err=True)
+    if isinstance(error, ApiError):
+        for fault in error.errors:
+            typer.echo(f"  {show.plain(fault.path)}: {show.plain(fault.message)}", err=True)
+        if error.request_id and _code_of(error) == NO_SERVER:
+            typer.echo(f"  request {show.plain(error.request_id)}", err=True)
+
+
+def _code_of(error: LockstepError) -> int:
+    """Tell what the user can mend (2) from what the server must (4)."""
+    own = isinstance(error, (SpecFileError, profile.ProfileError))
+    refused = isinstance(error, ApiError) and 400 <= error.status < 500
+    return BAD_REQUEST if own or refused else NO_SERVER

@@ -1,0 +1,346 @@
+"""The Python client: one synchronous class whose methods are the routes of the API.
+
+    with Client("http://localhost:8000", key) as client:
+        job = client.submit({"name": "tiny", "data": {"dataset": "stdlib"}, "model": {"size": "1m"}})
+        for update in client.follow(job.id):
+            print(update.job.state, update.job.progress.step)
+
+Every method raises `ApiError` for an answer that is not a success, `Unreachable` when there is none, and
+`InvalidData` for one that this version does not understand.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Annotated, Any, NoReturn, Self, TypeVar
+from urllib.parse import quote
+
+import httpx2
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from . import __version__
+from .errors import (
+    ApiError,
+    BadRequest,
+    InvalidData,
+    InvalidSpec,
+    NotFound,
+    Problem,
+    Unavailable,
+    Unreachable,
+    api_error,
+)
+from .jobs import Checkpoint, Event, Job, JobState, LogLine, MetricPoint, Page, Plan, Readiness
+from .spec import PrepareSpec, TrainSpec
+
+T = TypeVar("T")
+Spec = Mapping[str, Any] | TrainSpec | PrepareSpec
+
+RETRY_SECONDS = 3.0
+"""How long a request that may safely be repeated is repeated while there is no answer, or only a 503."""
+PATIENCE_SECONDS = 120.0
+"""How long `follow` and `tail` wait for a control plane that is away."""
+LONGEST_PAUSE = 5.0
+"""Seconds; pauses between attempts double from 0.2 up to this."""
+PAGE = 200
+"""Items asked for at once where all of them are wanted."""
+
+_JOB = TypeAdapter(Job)
+_JOBS = TypeAdapter(Page[Job])
+_PLAN: TypeAdapter[Plan] = TypeAdapter(Annotated[Plan, Field(discriminator="kind")])
+_EVENTS = TypeAdapter(Page[Event])
+_METRICS = TypeAdapter(Page[MetricPoint])
+_CHECKPOINTS = TypeAdapter(Page[Checkpoint])
+_LOGS = TypeAdapter(Page[LogLine])
+_READINESS = TypeAdapter(Readiness)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What `follow` saw at one look: the job, and the events since the last look, oldest first."""
+
+    job: Job
+    events: tuple[Event, ...]
+
+
+class Client:
+    """A connection to one control plane. Close it, or use it in a `with` block.
+
+    `timeout` is in seconds, for connecting and for each wait on the answer. `transport`, `sleep` and `clock`
+    exist for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str,
+        *,
+        transport: httpx2.BaseTransport | None = None,
+        timeout: float = 30.0,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.last_answer = b""
+        """Body of the newest answer, byte for byte, for programs that want all that the API said."""
+        self._sleep = sleep
+        self._clock = clock
+        self._http = httpx2.Client(
+            headers={"Authorization": f"Bearer {api_key}", "User-Agent": f"lockstep/{__version__}"},
+            transport=transport,
+            timeout=timeout,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def submit(self, spec: Spec, *, idempotency_key: str | None = None) -> Job:
+        """Submit a job, or return the one that was submitted with the same key before.
+
+        The default key is fresh, which makes this client's own retries safe; give one of your own to make a
+        whole script safe to run again. Raises InvalidSpec, IdempotencyMismatch, BadRequest.
+        """
+        key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
+        if not (key and key.isascii() and key.isprintable()):
+            raise BadRequest(f"{key!r} cannot be an idempotency key: use printable ASCII characters.")
+        return self._ask(_JOB, "POST", "/v1/jobs", body=_json(spec), headers={"Idempotency-Key": key})
+
+    def plan(self, spec: Spec) -> Plan:
+        """Return what a job would need and do, without creating it. Raises InvalidSpec."""
+        return self._ask(_PLAN, "POST", "/v1/jobs", params={"dry_run": "true"}, body=_json(spec))
+
+    def get(self, job_id: str) -> Job:
+        return self._ask(_JOB, "GET", _path(job_id))
+
+    def list(
+        self,
+        state: JobState | str | None = None,
+        name: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> Page[Job]:
+        """Return one page of jobs, newest first."""
+        params = {"state": state, "name": name, "limit": limit, "cursor": cursor}
+        return self._ask(_JOBS, "GET", "/v1/jobs", params=params)
+
+    def iter_jobs(self, state: JobState | str | None = None, name: str | None = None) -> Iterator[Job]:
+        """Yield all jobs, newest first, asking for further pages as needed."""
+        cursor = None
+        while True:
+            page = self.list(state, name, PAGE, cursor)
+            yield from page.items
+            if not (cursor := page.next_cursor):
+                return
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask for a job to be stopped. Raises Conflict when it has ended otherwise."""
+        return self._ask(_JOB, "POST", _path(job_id, "cancel"), patience=0)
+
+    def delete(self, job_id: str) -> None:
+        """Delete an ended job with everything it wrote. Raises Conflict while it runs."""
+        self._call("DELETE", _path(job_id), patience=0)
+
+    def events(self, job_id: str, after: int = 0, limit: int = PAGE) -> Page[Event]:
+        """Return the events whose `seq` is greater than `after`, oldest first."""
+        return self._ask(_EVENTS, "GET", _path(job_id, "events"), params={"after": after, "limit": limit})
+
+    def metrics(
+        self,
+        job_id: str,
+        keys: Iterable[str] | None = None,
+        from_step: int = 0,
+        max_points: int | None = None,
+    ) -> Page[MetricPoint]:
+        """Return the metrics of a job's history by step; `keys` picks some, `max_points` thins them out."""
+        joined = None if keys is None else ",".join(keys)
+        params = {"keys": joined, "from_step": from_step, "max_points": max_points}
+        return self._ask(_METRICS, "GET", _path(job_id, "metrics"), params=params)
+
+    def checkpoints(self, job_id: str) -> Page[Checkpoint]:
+        return self._ask(_CHECKPOINTS, "GET", _path(job_id, "checkpoints"))
+
+    def delete_checkpoint(self, job_id: str, step: int) -> None:
+        """Delete one checkpoint. Raises Conflict while something needs it."""
+        self._call("DELETE", _path(job_id, "checkpoints", str(step)), patience=0)
+
+    def logs(self, job_id: str, rank: int | None = None, cursor: str | None = None) -> Page[LogLine]:
+        """Return one page of what the workers wrote: all of them, or one rank."""
+        return self._ask(_LOGS, "GET", _path(job_id, "logs"), params={"rank": rank, "cursor": cursor})
+
+    def ready(self) -> Readiness:
+        """Return how the control plane sees itself; one that is not ready is an answer, not an error."""
+        response = self._once("GET", "/readyz")
+        if not response.is_success and response.status_code != httpx2.codes.SERVICE_UNAVAILABLE:
+            self._refuse(response)
+        return self._read(_READINESS, response)
+
+    def follow(self, job_id: str, poll_seconds: float = 1.0, *, patience: float = PATIENCE_SECONDS) -> Iterator[Update]:
+        """Yield an update every `poll_seconds` until the job has ended; the last one holds its end.
+
+        A control plane that is away is waited for up to `patience` seconds (the job does not need it), then
+        Unreachable is raised.
+        """
+        after = 0
+        while True:
+            # The job first: events up to an end that it shows are then certain to be there.
+            job = self._wait_for(_JOB, _path(job_id), patience)
+            events = tuple(self._new_events(job_id, after, patience))
+            after = events[-1].seq if events else after
+            yield Update(job, events)
+            if job.state.ended:
+                return
+            self._sleep(poll_seconds)
+
+    def tail(
+        self,
+        job_id: str,
+        rank: int | None = None,
+        poll_seconds: float = 1.0,
+        *,
+        patience: float = PATIENCE_SECONDS,
+    ) -> Iterator[LogLine]:
+        """Yield the log lines that exist, then new ones, until the job has ended. Raises as `follow` does."""
+        seen: dict[tuple[str, int], int] = {}
+        cursor: str | None = None
+        while True:
+            job = self._wait_for(_JOB, _path(job_id), patience)
+            cursor = yield from self._new_lines(job_id, rank, cursor, seen, patience)
+            if job.state.ended:
+                return
+            self._sleep(poll_seconds)
+
+    def _new_events(self, job_id: str, after: int, patience: float) -> Iterator[Event]:
+        while True:
+            page = self._wait_for(_EVENTS, _path(job_id, "events"), patience, params={"after": after, "limit": PAGE})
+            yield from page.items
+            if not page.items or not page.next_cursor:
+                return
+            after = page.items[-1].seq
+
+    def _new_lines(
+        self,
+        job_id: str,
+        rank: int | None,
+        cursor: str | None,
+        seen: dict[tuple[str, int], int],
+        patience: float,
+    ) -> Generator[LogLine, None, str | None]:
+        """Yield lines beyond those in `seen`, adding them there; return the cursor of the last page.
+
+        That page is read again next time, until it has a successor, so most of it is known by then.
+        """
+        while True:
+            page = self._wait_for(_LOGS, _path(job_id, "logs"), patience, params={"rank": rank, "cursor": cursor})
+            for line in page.items:
+                if line.line > seen.get((line.segment, line.rank), -1):
+                    seen[line.segment, line.rank] = line.line
+                    yield line
+            if not page.next_cursor:
+                return cursor
+            cursor = page.next_cursor
+
+    def _wait_for(self, answer: TypeAdapter[T], path: str, patience: float, **request: Any) -> T:
+        try:
+            return self._ask(answer, "GET", path, patience=patience, **request)
+        except (Unreachable, Unavailable) as error:
+            raise Unreachable(f"Gave up after {patience:.0f} s. {error}") from error
+
+    def _ask(self, answer: TypeAdapter[T], method: str, path: str, **request: Any) -> T:
+        return self._read(answer, self._call(method, path, **request))
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        patience: float = RETRY_SECONDS,
+    ) -> httpx2.Response:
+        """Send until there is an answer other than 503, for at most `patience` seconds (0: send once)."""
+        began = self._clock()
+        for attempt in count():
+            try:
+                response = self._once(method, path, params=params, body=body, headers=headers)
+                if response.is_success:
+                    return response
+                self._refuse(response)
+            except (Unreachable, Unavailable):
+                pause = min(0.2 * 2 ** min(attempt, 10), LONGEST_PAUSE)
+                if self._clock() - began + pause > patience:
+                    raise
+                self._sleep(pause)
+        raise AssertionError("count() does not end")
+
+    def _once(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx2.Response:
+        given = {key: value for key, value in (params or {}).items() if value is not None}
+        kind = {"Content-Type": "application/json"} if body is not None else {}
+        try:
+            response = self._http.request(
+                method, self.url + path, params=given, content=body, headers={**kind, **(headers or {})}
+            )
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
+            raise Unreachable(
+                f"No answer from {self.url} ({str(error) or type(error).__name__}). Start the control plane "
+                "with `make up` or `lockstep-server up`, or set LOCKSTEP_URL to where it runs."
+            ) from error
+        self.last_answer = response.content
+        return response
+
+    def _read(self, answer: TypeAdapter[T], response: httpx2.Response) -> T:
+        try:
+            return answer.validate_json(response.content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the body"
+            raise InvalidData(
+                f"lockstep {__version__} does not understand the answer of {response.url} "
+                f"({where}: {first['msg']}). Is LOCKSTEP_URL right, and is the client as new as the server?"
+            ) from error
+
+    def _refuse(self, response: httpx2.Response) -> NoReturn:
+        """Raise the error that an answer stands for, whether it is one of ours or a proxy's."""
+        try:
+            problem = Problem.model_validate_json(response.content)
+        except ValidationError:
+            status = f"{response.status_code} {response.reason_phrase}".strip()
+            # A gateway in front of a control plane that is away says 502 to 504.
+            kind = Unavailable if response.status_code in (502, 503, 504) else ApiError
+            raise kind(
+                f"{response.url} answered {status}, but not in the way of Lockstep. Is LOCKSTEP_URL right?"
+            ) from None
+        raise api_error(problem)
+
+
+def _path(job_id: str, *rest: str) -> str:
+    """Return the path of a job or of something below it; what is not an id cannot lead elsewhere."""
+    if not job_id.strip("."):
+        raise NotFound(f"{job_id!r} is not a job id; `lockstep list` shows those that exist.")
+    return "/".join(["/v1/jobs", quote(job_id, safe=""), *rest])
+
+
+def _json(spec: Spec) -> bytes:
+    if isinstance(spec, BaseModel):
+        return spec.model_dump_json().encode()
+    try:
+        return json.dumps(spec, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidSpec(f"The spec holds something that JSON does not have: {error}") from error

@@ -1,0 +1,161 @@
+"""A running stack for end-to-end tests: real Ray, a real S3 server over HTTP, a real control plane, all by `up`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from api.client import Client
+from api.documents import CheckpointRef
+from api.jobs import Job
+from api.layout import PROJECT, JobLayout
+from api.profile import load
+from api.storage import Bucket
+from service.stack import read_credentials
+from tests.servers import free_port
+from workers.checkpoint import State, read_checkpoint
+
+#: Short clocks, in seconds.
+CLOCKS = {
+    "LOCKSTEP_STREAM_INTERVAL": "0.2",
+    "LOCKSTEP_CONTROL_INTERVAL": "0.2",
+    "LOCKSTEP_RECONCILE_INTERVAL": "0.3",
+    "LOCKSTEP_RETRY_BACKOFF": "0.5",
+}
+
+
+@dataclass
+class Stack:
+    """`lockstep-server up` in a process of its own."""
+
+    state: Path
+    process: psutil.Popen
+    client: Client
+    dashboard: str
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket("s3://lockstep")
+
+    def children(self, word: str) -> list[psutil.Process]:
+        """Return the processes below `up` whose command line has a word in it."""
+        found = []
+        for process in self.process.children(recursive=True):
+            try:
+                if word in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def ray(self, path: str) -> Any:
+        """Return what Ray's HTTP API says."""
+        token = (self.state / "ray_token").read_text().strip()
+        request = urllib.request.Request(f"{self.dashboard}{path}", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)
+
+    def submissions(self, job: Job) -> list[str]:
+        """Return the submission ids of a job that Ray knows, in order."""
+        rows = self.ray("/api/jobs/")
+        return sorted(row["submission_id"] for row in rows if (row["metadata"] or {}).get("job_id") == job.id)
+
+    def train_run(self, name: str) -> Any:
+        """Return a run of the dashboard's Train page by its name."""
+        return next(run for run in self.ray("/api/train/v2/runs/v1")["train_runs"] if run["name"] == name)
+
+
+@contextmanager
+def running_stack(state: Path, cpus: int) -> Iterator[Stack]:
+    """Start `up` on free ports; stop it with SIGTERM at the end."""
+    ports = {name: free_port() for name in ("port", "dashboard-port", "s3-port")}
+    options = [f"--{name}={port}" for name, port in ports.items()]
+    command = [sys.executable, "-m", "service.cli", "up", "--state", str(state), "--cpus", str(cpus), *options]
+    environment = os.environ | CLOCKS | {"LOCKSTEP_PROFILE": str(state.with_suffix(".profile"))}
+    with open(state.with_suffix(".log"), "wb") as log:
+        process = psutil.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_until(lambda: state.with_suffix(".profile").exists(), 90, "up to be ready")
+        profile = load({"LOCKSTEP_PROFILE": str(state.with_suffix(".profile"))})
+        os.environ.update(storage_environment(state, ports["s3-port"]))
+        with Client(profile.url, profile.api_key) as client:
+            stack = Stack(state, process, client, f"http://127.0.0.1:{ports['dashboard-port']}")
+            wait_until(lambda: all(c.status == "ok" for c in client.ready().checks.values()), 90, "Ray to be ready")
+            yield stack
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def storage_environment(state: Path, port: int) -> dict[str, str]:
+    """Return what gives this process access to the stack's bucket."""
+    access, secret = read_credentials(state / "credentials")
+    return {
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": access,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Return the first true value of `condition`; fail after a while."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
+    return value
+
+
+def follow(client: Client, job: Job, seconds: float = 240) -> Job:
+    """Return the job once it has ended."""
+
+    def ended() -> Job | None:
+        now = client.get(job.id)
+        return now if now.state.ended else None
+
+    found: Job = wait_until(ended, seconds, f"job {job.id} ({job.name}) to end")
+    return found
+
+
+def reached(client: Client, job: Job, step: int, seconds: float = 180) -> Job:
+    """Return the job once its progress has come to a step; fail if it ends before."""
+
+    def there() -> Job | None:
+        now = client.get(job.id)
+        assert not now.state.ended, f"{now.name} ended early: {now.message}"
+        return now if now.progress.step >= step else None
+
+    found: Job = wait_until(there, seconds, f"step {step} of {job.id}")
+    return found
+
+
+def final_state(stack: Stack, job: Job) -> State:
+    """Return weights and optimizer state of a job's last checkpoint, every byte verified."""
+    last = stack.client.checkpoints(job.id).items[-1]
+    point = CheckpointRef(segment=last.segment, step=last.step)
+    return read_checkpoint(stack.bucket, JobLayout(PROJECT, job.id), point).state
+
+
+def assert_same_bits(one: State, other: State) -> None:
+    """Compare every tensor, weights and optimizer alike, to the bit."""
+    assert one.keys() == other.keys()
+    assert any(name.startswith("optimizer.") for name in one)
+    different = [name for name in one if one[name].numpy().tobytes() != other[name].numpy().tobytes()]
+    assert not different, f"{len(different)} of {len(one)} tensors differ, {different[0]} the first"
+
+
+def curve(stack: Stack, job: Job) -> list[tuple[int, float]]:
+    """Return (step, loss) along the job's history."""
+    return [(p.step, p.values["loss"]) for p in stack.client.metrics(job.id, keys=["loss"]).items]
