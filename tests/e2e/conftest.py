@@ -9,6 +9,8 @@ from api.jobs import Job, JobState
 from tests.e2e.harness import Stack, follow, running_stack
 
 STEPS = 60
+#: After the second checkpoint (20), off the interval.
+KILL_AT = 24
 
 #: Three workers (two would hide DDP's re-bucketing), dropout, accumulation of 2, several gradient buckets.
 KILL_SPEC: dict[str, Any] = {

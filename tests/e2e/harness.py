@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import psutil
 
 from api.client import Client
 from api.documents import CheckpointRef
-from api.jobs import Job
+from api.jobs import Job, JobState
 from api.layout import PROJECT, JobLayout
 from api.profile import load
 from api.storage import Bucket
@@ -42,6 +42,7 @@ class Stack:
     process: psutil.Popen
     client: Client
     dashboard: str
+    s3_port: int
 
     @property
     def bucket(self) -> Bucket:
@@ -89,7 +90,7 @@ def running_stack(state: Path, cpus: int) -> Iterator[Stack]:
         profile = load({"LOCKSTEP_PROFILE": str(state.with_suffix(".profile"))})
         os.environ.update(storage_environment(state, ports["s3-port"]))
         with Client(profile.url, profile.api_key) as client:
-            stack = Stack(state, process, client, f"http://127.0.0.1:{ports['dashboard-port']}")
+            stack = Stack(state, process, client, f"http://127.0.0.1:{ports['dashboard-port']}", ports["s3-port"])
             wait_until(lambda: all(c.status == "ok" for c in client.ready().checks.values()), 90, "Ray to be ready")
             yield stack
     finally:
@@ -119,14 +120,12 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def follow(client: Client, job: Job, seconds: float = 240) -> Job:
-    """Return the job once it has ended."""
-
-    def ended() -> Job | None:
-        now = client.get(job.id)
-        return now if now.state.ended else None
-
-    found: Job = wait_until(ended, seconds, f"job {job.id} ({job.name}) to end")
-    return found
+    """Return the job once it has ended; a control plane that is away for a while does not matter."""
+    deadline = time.monotonic() + seconds
+    for update in client.follow(job.id, poll_seconds=0.2):
+        job = update.job
+        assert time.monotonic() < deadline, f"{job.name} is still {job.state} after {seconds} s: {job.message}"
+    return job
 
 
 def reached(client: Client, job: Job, step: int, seconds: float = 180) -> Job:
@@ -159,3 +158,19 @@ def assert_same_bits(one: State, other: State) -> None:
 def curve(stack: Stack, job: Job) -> list[tuple[int, float]]:
     """Return (step, loss) along the job's history."""
     return [(p.step, p.values["loss"]) for p in stack.client.metrics(job.id, keys=["loss"]).items]
+
+
+def assert_as_if_nothing_had_happened(stack: Stack, ended: Job, undisturbed: Job) -> None:
+    """Weights, optimizer, curve and evaluation equal the undisturbed run's; it did resume from a checkpoint."""
+    assert ended.state is JobState.SUCCEEDED, ended.message
+    assert_same_bits(final_state(stack, ended), final_state(stack, undisturbed))
+    assert curve(stack, ended) == curve(stack, undisturbed)
+    assert ended.result["eval_loss"] == undisturbed.result["eval_loss"]
+    (resumed,) = [event for event in stack.client.events(ended.id).items if event.type == "resumed"]
+    assert resumed.data["step"] in (20, 30)  # the run goes on between the last look and the kill
+
+
+def kill(process: psutil.Process) -> None:
+    """kill -9, unless it is gone already."""
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
