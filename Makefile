@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo up check unit test bench clean
+.PHONY: demo up check unit test openapi bench clean
 
 demo: .venv/local
 	$(BIN)/lockstep-server demo
@@ -25,6 +25,9 @@ unit: .venv/dev
 
 test: check
 	$(BIN)/pytest tests/unit tests/integration tests/e2e
+
+openapi: .venv/local
+	$(BIN)/lockstep-server openapi > api/openapi.json
 
 bench: .venv/dev
 	$(BIN)/pytest tests/bench

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.types import Lifespan
 
 from api import __version__
 from api.errors import Problem
@@ -44,12 +45,18 @@ def create_app(settings: Settings) -> FastAPI:
         ray.close()
         engine.dispose()
 
-    app = FastAPI(title="Lockstep", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app = make_api(settings.max_body_bytes, lifespan)
     app.state.store, app.state.bucket, app.state.ray = store, bucket, ray
     app.state.jobs = Jobs(store, bucket, ray, settings)
+    return app
+
+
+def make_api(max_body_bytes: int, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """Return the routes and their errors, standing on nothing yet: enough for the OpenAPI document."""
+    app = FastAPI(title="Lockstep", version=__version__, description=DESCRIPTION, lifespan=lifespan)
     app.include_router(routes.router)
     app.include_router(health.router)
-    app.add_middleware(problems.Edge, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(problems.Edge, max_body_bytes=max_body_bytes)
     problems.install(app)
     describe(app)
     return app

@@ -70,6 +70,16 @@ def migrate() -> None:
     migrate_database(Settings().database_url)
 
 
+@app.command()
+def openapi() -> None:
+    """Print the OpenAPI document; it is checked in as api/openapi.json."""
+    import json
+
+    from service.app import make_api
+
+    print(json.dumps(make_api(0).openapi(), indent=1, ensure_ascii=False))
+
+
 @app.command(name="demo")
 def run_demo() -> None:
     """Run a stack of its own, prepare a dataset, train a small model, show the result and stop everything."""
