@@ -206,7 +206,13 @@ def checkpoints_table(checkpoints: Sequence[Checkpoint], now: datetime) -> Table
     return table
 
 
-def watch(console: Console, updates: Iterable[Update], clock: Callable[[], float] = time.monotonic) -> Job | None:
+def watch(
+    console: Console,
+    updates: Iterable[Update],
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    with_result: bool = True,
+) -> Job | None:
     """Show a live run: events as they happen and, below them, one line of progress. Return the job's last state.
 
     Without a terminal there are only plain lines, those of progress at least QUIET_SECONDS apart.
@@ -219,7 +225,7 @@ def watch(console: Console, updates: Iterable[Update], clock: Callable[[], float
             show_progress(job)
             for event in update.events:
                 console.print(_event_row(event) if live else _event_line(event), soft_wrap=not live)
-    if job and job.result:
+    if with_result and job and job.result:
         console.print(Group(Text(), result(job.result)))
     return job
 

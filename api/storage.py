@@ -25,6 +25,7 @@ DocumentT = TypeVar("DocumentT", bound=BaseModel)
 
 _MULTIPART_BYTES = 64 * 2**20
 _MISSING = {"NoSuchKey", "NotFound", "404"}
+_BEYOND = {"InvalidRange", "416"}
 _DENIED = {
     "AccessDenied",
     "InvalidAccessKeyId",
@@ -185,6 +186,8 @@ class Bucket:
             where = self._where(key)
             if code in _MISSING:
                 raise ObjectMissing(f"{where} does not exist") from error
+            if code in _BEYOND:
+                raise InvalidData(f"{where} is shorter than its description says: nothing is there to read") from error
             if code == "NoSuchBucket":
                 raise StorageUnavailable(f"the bucket of {self.url} does not exist; create it") from error
             if code in _DENIED:

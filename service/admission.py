@@ -60,7 +60,8 @@ def why_not_now(
         return None
     free = place(nodes, groups)
     left = _sum(free) if free is not None else "nothing"
-    return f"needs {_describe(bundles(spec))}, {left} free beside {len(active)} active jobs"
+    others = f"{len(active)} active {'job' if len(active) == 1 else 'jobs'}"
+    return f"needs {_describe(bundles(spec))}, {left} free beside {others}"
 
 
 def _describe(group: Sequence[Resources]) -> str:

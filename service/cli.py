@@ -101,7 +101,7 @@ def create_key(name: Annotated[str, typer.Option(help="Whose key this is.")]) ->
 @keys.command("list")
 def list_keys() -> None:
     """List the API keys: ids and names, never the keys."""
-    for row in _store().keys():
+    for row in _store().api_keys():
         state = f"revoked {row['revoked_at']:%F %T}" if row["revoked_at"] else "valid"
         print(f"{row['id']}  {row['created_at']:%F %T}  {state:<27}  {row['name']}")
 

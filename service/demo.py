@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -37,11 +36,12 @@ def demo() -> int:
     """Prepare a dataset, train on it, show the result; return the exit code."""
     console = Console()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the stack must not outlive us
     try:
-        with local_stack(console) as (client, url):
+        with local_stack() as client:
             prepared = run_job(console, client, "stdlib.yaml", "Preparing a dataset from Python's own sources")
             trained = run_job(console, client, "stdlib-gpt.yaml", "Training a 3 M parameter decoder on two workers")
-            console.print(summary(prepared, trained, client, url))
+            show_result(console, prepared, trained, client)
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
@@ -53,7 +53,7 @@ def demo() -> int:
 
 
 @contextmanager
-def local_stack(console: Console) -> Iterator[tuple[Client, str]]:
+def local_stack() -> Iterator[Client]:
     """Run `up` on temporary state and free ports, so that no running stack is touched; stop it at the end."""
     with tempfile.TemporaryDirectory(prefix="lockstep-demo-") as folder:
         profile = Path(folder) / "profile.json"
@@ -68,7 +68,7 @@ def local_stack(console: Console) -> Iterator[tuple[Client, str]]:
             found = wait_for(profile, up)
             with Client(found.url, found.api_key) as client:
                 wait_until_ready(client, up)
-                yield client, found.url
+                yield client
         finally:
             stop(up)
 
@@ -111,7 +111,7 @@ def run_job(console: Console, client: Client, example: str, title: str) -> Job:
     console.rule(title)
     job = client.submit(yaml.safe_load((EXAMPLES / example).read_text()))
     console.print(f"deploy/examples/{example} → {job.id}")
-    ended = show.watch(console, client.follow(job.id))
+    ended = show.watch(console, client.follow(job.id), with_result=False)
     if ended is None or ended.state is not JobState.SUCCEEDED:
         state = f"{ended.state}: {ended.message}" if ended else "still running"
         for line in client.logs(job.id).items[-20:]:
@@ -120,24 +120,21 @@ def run_job(console: Console, client: Client, example: str, title: str) -> Job:
     return ended
 
 
-def summary(prepared: Job, trained: Job, client: Client, url: str) -> Panel:
-    """What came out: losses side by side, generated text, where the checkpoints are, where `make up` would be."""
-    figures = Table("", "loss (nats/token)", "perplexity", box=None, header_style="bold")
+def show_result(console: Console, prepared: Job, trained: Job, client: Client) -> None:
+    """Print losses side by side, the generated text, where the checkpoints are, and what `make up` leaves open."""
+    console.rule("Result")
     unigram, loss = float(trained.result["unigram_loss"]), float(trained.result["eval_loss"])
+    figures = Table("on the eval split", "loss (nats/token)", "perplexity", box=None, header_style="bold")
     for name, value in (("unigram frequencies of the same data", unigram), ("the trained model", loss)):
-        figures.add_row(name, f"{value:.3f}", f"{perplexity(value):.1f}")
-    body = Table.grid(padding=(0, 0, 1, 0))
-    body.add_row(figures)
-    body.add_row(Text.assemble(("It writes:\n", "bold"), str(trained.result["sample"])))
-    places = Text.assemble(("Checkpoints, complete and verified, in the bucket:\n", "bold"))
-    for checkpoint in client.checkpoints(trained.id).items:
-        places.append(f"  step {checkpoint.step:>4}  {checkpoint.prefix}  {checkpoint.size / 2**20:.1f} MiB\n")
-    places.append("`make up` leaves all this running:\n", "bold")
-    places.append("  API docs       http://127.0.0.1:8700/docs\n  Ray dashboard  http://127.0.0.1:8265\n")
-    places.append(f"(this run's own API was at {url}; trained on {prepared.result['dataset']})")
-    body.add_row(places)
-    return Panel(body, title="Result", border_style="green", expand=False)
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(loss)
+        figures.add_row(name, f"{value:.3f}", f"{math.exp(value):.1f}")
+    checkpoints = client.checkpoints(trained.id).items
+    steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
+    console.print(figures)
+    console.print("\nThe model writes:", style="bold")
+    console.print(Text(str(trained.result["sample"]).rstrip(), style="green"))
+    console.print("\nCheckpoints, complete and verified:", style="bold")
+    console.print(f"  steps {steps}; {checkpoints[-1].size / 2**20:.1f} MiB each, weights and optimizer; the last at")
+    console.print(f"  {checkpoints[-1].prefix}", soft_wrap=True)
+    console.print(f"  trained on {prepared.result['dataset']}", soft_wrap=True)
+    console.print("\nThe same stack, left running, is `make up`:", style="bold")
+    console.print("  API docs       http://127.0.0.1:8700/docs\n  Ray dashboard  http://127.0.0.1:8265\n")

@@ -11,6 +11,7 @@ from api.errors import (
     Conflict,
     Fault,
     IdempotencyMismatch,
+    InvalidData,
     InvalidSpec,
     NotFound,
     ObjectMissing,
@@ -180,7 +181,7 @@ class Jobs:
             return plan_prepare(spec, nodes, posted), None
         try:
             dataset = find_dataset(self._bucket, who.project, spec.data.dataset)
-        except ObjectMissing as error:
+        except (ObjectMissing, InvalidData) as error:
             raise InvalidSpec(str(error), errors=[Fault(path="$.data.dataset", message=str(error))]) from error
         return plan_train(spec, dataset, nodes, posted), dataset
 

@@ -197,7 +197,7 @@ def _decide_live(job: JobView, seen: Observation, now: datetime, policy: Policy)
     if (blind := _blind(seen)) is not None:
         return blind
     if seen.result is not None and (seen.ray.over or seen.ray_session != job.ray_session):
-        return _by_result(seen.result)
+        return _by_result(job, seen.result)
     if seen.ray_session != job.ray_session:
         return _lost(job, Reason.RAY_LOST, "Ray was restarted and knows nothing of this attempt")
     if seen.ray is RayStatus.ABSENT:
@@ -216,17 +216,18 @@ def _decide_live(job: JobView, seen: Observation, now: datetime, policy: Policy)
 
 def _decide_cancelling(job: JobView, seen: Observation, now: datetime, policy: Policy) -> Decision:
     """A stop was wanted: tell the attempt until it is over, by force after the grace."""
+    answers = seen.ray is not RayStatus.UNREACHABLE
+    over = answers and (seen.ray.over or seen.ray_session != job.ray_session)
+    if answers and not over and now >= job.state_since + timedelta(seconds=policy.stop_grace):
+        return StopRay()  # before another wish: the bucket may be one that takes none
     if seen.bucket_reachable and seen.control != "cancel":
         return TellStop()
-    gone = seen.ray_session is not None and seen.ray_session != job.ray_session
-    if seen.ray is not RayStatus.UNREACHABLE and (seen.ray.over or gone):
+    if over:
         if seen.result is not None and seen.result.outcome == "succeeded":
-            return _by_result(seen.result)
+            return _by_result(job, seen.result)
         reason = job.stop_reason or Reason.USER_CANCELLED
         state = JobState.FAILED if reason is Reason.DEADLINE else JobState.CANCELLED
         return Finish(state, reason, REASONS[reason].sentence)
-    if seen.ray is not RayStatus.UNREACHABLE and now >= job.state_since + timedelta(seconds=policy.stop_grace):
-        return StopRay()
     return _blind(seen) or Wait()
 
 
@@ -238,12 +239,12 @@ def _blind(seen: Observation) -> Wait | None:
     return None
 
 
-def _by_result(result: ResultDocument) -> Decision:
+def _by_result(job: JobView, result: ResultDocument) -> Decision:
     if result.outcome == "succeeded":
         return Finish(JobState.SUCCEEDED, Reason.COMPLETED, result.message)
-    if result.outcome == "failed":
+    if result.outcome == "failed" and not REASONS[result.reason].retryable:
         return Finish(JobState.FAILED, result.reason, f"{REASONS[result.reason].sentence}: {result.message}")
-    return Recover(result.reason, f"the attempt stopped: {result.message}")
+    return _lost(job, result.reason, f"the attempt {result.outcome}: {result.message}")
 
 
 def _lost(job: JobView, reason: Reason, message: str) -> Decision:

@@ -28,6 +28,7 @@ from api.errors import (
 logger = logging.getLogger("lockstep.service")
 
 MEDIA_TYPE = "application/problem+json"
+_SENTENCES = {404: "there is nothing at this path; see /docs", 405: "this path knows no such method; see /docs"}
 _BY_STATUS = {kind.status: kind for kind in (BadRequest, NotFound, MethodNotAllowed, TooLarge)}
 
 
@@ -43,7 +44,7 @@ def problem_responses(*kinds: type[ApiError]) -> dict[int | str, dict[str, Any]]
 
 
 def install(app: FastAPI) -> None:
-    """Translate every exception at the edge."""
+    """Translate every exception that we know; `Edge` answers the others."""
 
     def handle(kind: type[Exception], translate: Any) -> None:
         async def handler(request: Request, error: Exception) -> JSONResponse:
@@ -57,7 +58,6 @@ def install(app: FastAPI) -> None:
     handle(StorageError, lambda error: Unavailable(str(error)))
     handle(InvalidData, lambda error: Unavailable(f"the bucket holds something that cannot be read: {error}"))
     handle(SQLAlchemyError, _from_database)
-    handle(Exception, _from_bug)
 
 
 def answer(error: ApiError, request: str) -> JSONResponse:
@@ -78,7 +78,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
 
 def _from_http(error: HTTPException) -> ApiError:
     kind = _BY_STATUS.get(error.status_code, BadRequest)
-    return kind(str(error.detail))
+    return kind(_SENTENCES.get(error.status_code, str(error.detail)))
 
 
 def _from_database(error: SQLAlchemyError) -> ApiError:
@@ -96,7 +96,8 @@ def request_id(scope: Scope) -> str:
 
 
 class Edge:
-    """The outermost layer: gives each request an id, and cuts off a body that grows beyond the limit as it arrives."""
+    """The outermost layer: gives each request an id, cuts off a body that grows beyond the limit as it arrives, and
+    answers for what nobody expected."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app, self._limit = app, max_body_bytes
@@ -122,6 +123,10 @@ class Edge:
             if not started:
                 error = TooLarge(f"the body is larger than {self._limit} bytes")
                 await answer(error, request)(scope, receive, send_with_id)
+        except Exception as error:
+            if started:
+                raise
+            await answer(_from_bug(error), request)(scope, receive, send_with_id)
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")

@@ -7,7 +7,7 @@ from api.documents import StreamLine
 from api.jobs import Progress
 from api.layout import JobLayout
 from api.storage import Bucket
-from service.run_reader import Place, read_new_lines
+from service.run_reader import Place, numbers, read_new_lines
 from service.store import JobRow, NewEvent
 
 
@@ -31,7 +31,7 @@ def advanced(progress: Progress, line: StreamLine) -> Progress:
     """Return the progress after one more line."""
     if line.type == "event":
         return progress
-    values = {**progress.values, **line.values}
+    values = {**progress.values, **numbers(line)}
     left = None
     # A metric line carries the rate at which its steps went by.
     if progress.total_steps and "seconds_per_step" in values:

@@ -5,9 +5,10 @@ REST instead of Ray's own client: every call has a bounded time, and the control
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from api.errors import LockstepError
 from service.admission import Node
@@ -20,6 +21,28 @@ _STATUS = {
     "FAILED": RayStatus.FAILED,
     "STOPPED": RayStatus.STOPPED,
 }
+
+
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+
+class _Version(BaseModel):
+    session_name: str
+
+
+class _Node(BaseModel):
+    node_id: str
+    state: str
+    resources_total: dict[str, float] | None = None
+
+
+class _Nodes(BaseModel):
+    rows: list[_Node] = Field(validation_alias=AliasPath("data", "result", "result"))
+
+
+class _Submission(BaseModel):
+    status: str
+    message: str | None = None
 
 
 class RayUnreachable(LockstepError):
@@ -42,16 +65,15 @@ class RayBackend:
 
     def session(self) -> str:
         """Return the name of Ray's present session; a Ray that was restarted has another."""
-        return str(self._json("GET", "/api/version")["session_name"])
+        return self._parsed(self._request("GET", "/api/version"), _Version).session_name
 
     def nodes(self) -> list[Node]:
         """Return the living nodes and what each has in all."""
-        answer = self._json("GET", "/api/v0/nodes?limit=10000")
-        rows = answer["data"]["result"]["result"]
+        answer = self._parsed(self._request("GET", "/api/v0/nodes?limit=10000"), _Nodes)
         return [
-            Node(row["node_id"], {k: v for k, v in row["resources_total"].items() if k in ("CPU", "GPU", "memory")})
-            for row in rows
-            if row["state"] == "ALIVE"
+            Node(row.node_id, {k: v for k, v in (row.resources_total or {}).items() if k in ("CPU", "GPU", "memory")})
+            for row in answer.rows
+            if row.state == "ALIVE"
         ]
 
     def status(self, submission_id: str) -> tuple[RayStatus, str]:
@@ -59,8 +81,12 @@ class RayBackend:
         response = self._request("GET", f"/api/jobs/{submission_id}")
         if response.status_code == 404:
             return RayStatus.ABSENT, "Ray does not know it"
-        body = self._checked(response)
-        return _STATUS.get(str(body["status"]), RayStatus.UNREACHABLE), str(body.get("message") or "")
+        answer = self._parsed(response, _Submission)
+        if answer.status not in _STATUS:
+            raise RayUnreachable(
+                f"Ray at {self._address} gives {submission_id} a status we do not know: {answer.status}"
+            )
+        return _STATUS[answer.status], answer.message or ""
 
     def submit(self, body: dict[str, Any]) -> None:
         """Post a submission. Ray answers a duplicate id with a 500, so no error here proves that it was not taken."""
@@ -73,9 +99,6 @@ class RayBackend:
     def close(self) -> None:
         self._client.close()
 
-    def _json(self, method: str, path: str) -> Any:
-        return self._checked(self._request(method, path))
-
     def _request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         headers = {"Authorization": f"Bearer {self._token()}"} if self._token_path else {}
         try:
@@ -86,13 +109,16 @@ class RayBackend:
             raise RayUnreachable(f"Ray at {self._address} refused our token; check LOCKSTEP_RAY_TOKEN_PATH")
         return response
 
-    def _checked(self, response: httpx2.Response) -> Any:
+    def _checked(self, response: httpx2.Response) -> None:
         if response.status_code != 200:
             raise RayUnreachable(f"Ray at {self._address} answered {response.status_code}: {response.text[:300]}")
+
+    def _parsed(self, response: httpx2.Response, kind: type[AnswerT]) -> AnswerT:
+        self._checked(response)
         try:
-            return response.json()
-        except ValueError as error:
-            raise RayUnreachable(f"Ray at {self._address} answered with something that is not JSON") from error
+            return kind.model_validate_json(response.content)
+        except ValidationError as error:
+            raise RayUnreachable(f"Ray at {self._address} answered with something that makes no sense") from error
 
     def _token(self) -> str:
         assert self._token_path is not None

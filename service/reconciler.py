@@ -49,7 +49,7 @@ from service.observer import ClusterView, observe, observe_cluster
 from service.progress import read_progress
 from service.ray_backend import RayBackend, RayUnreachable
 from service.render import submission
-from service.run_reader import read_attempt, read_history
+from service.run_reader import read_attempt, read_checkpoints, read_history
 from service.settings import Settings
 from service.store import JobRow, NewEvent, Store
 
@@ -80,6 +80,8 @@ class Reconciler:
                 self.reconcile_all()
             except SQLAlchemyError as error:
                 logger.warning("the database does not answer, nothing is decided: %s", error)
+            except Exception:
+                logger.exception("a bug ended this pass; the next one begins anew")
             self._stop.wait(self._settings.reconcile_interval)
 
     def reconcile_all(self) -> None:
@@ -99,8 +101,12 @@ class Reconciler:
         """One job's trouble must not stop the others."""
         try:
             self.reconcile(job, cluster, line)
+        except SQLAlchemyError:
+            raise
         except (LockstepError, ValueError) as error:
             logger.warning("job %s attempt %d: %s", job.id, job.attempt, error)
+        except Exception:
+            logger.exception("job %s attempt %d: a bug; the next pass tries again", job.id, job.attempt)
 
     def reconcile(self, job: JobRow, cluster: ClusterView, line: "Line") -> None:
         """Observe, decide, act, apply."""
@@ -212,11 +218,15 @@ class Reconciler:
             return None
         layout = JobLayout(job.project, job.id)
         traces = read_attempt(self._bucket, layout, job.attempt)
-        if traces.segment is not None:
-            step = traces.result.step if traces.result is not None else int(job.progress.get("step") or 0)
-            return CheckpointRef(segment=traces.segment, step=step)
+        if traces.segment is not None and traces.result is not None:
+            return CheckpointRef(segment=traces.segment, step=traces.result.step)
         spans = read_history(self._bucket, layout, None)
-        return CheckpointRef(segment=spans[-1].segment, step=int(job.progress.get("step") or 0)) if spans else None
+        segment = traces.segment or (spans[-1].segment if spans else None)
+        if segment is None:
+            return None
+        # A checkpoint can be newer than the newest metric line; cut off, it would be lost to every reader.
+        steps = [c.step for c in read_checkpoints(self._bucket, layout, None) if c.segment == segment]
+        return CheckpointRef(segment=segment, step=max([int(job.progress.get("step") or 0), *steps]))
 
     def _enter(
         self, job: JobRow, state: JobState, message: str, changes: dict[str, Any], data: dict[str, Any] | None = None
@@ -233,6 +243,9 @@ class Reconciler:
         try:
             changes, events = read_progress(job, self._bucket)
         except StorageError:
+            return job
+        except ValueError as error:  # a damaged stream is no reason to leave the job alone
+            logger.warning("job %s: its stream cannot be read: %s", job.id, error)
             return job
         return (self._store.apply(job, changes, events) or job) if changes else job
 

@@ -1,5 +1,6 @@
 """What is posted to Ray for an attempt: a pure function, also shown by a dry run. Nothing secret may be in it."""
 
+import shlex
 from typing import Any
 
 from api.names import submission_id
@@ -12,7 +13,8 @@ def submission(
 ) -> dict[str, Any]:
     """Return the body of Ray's `POST /api/jobs/`. Every part of the command line is ours or of our own alphabet."""
     module = "workers.main" if isinstance(spec, TrainSpec) else "workers.prepare"
-    command = f"exec {settings.worker_python} -m {module} --project {project} --job {job_id} --attempt {attempt}"
+    python = shlex.quote(settings.worker_python)
+    command = f"exec {python} -m {module} --project {project} --job {job_id} --attempt {attempt}"
     body: dict[str, Any] = {
         "entrypoint": command,
         "submission_id": submission_id(job_id, attempt),

@@ -54,6 +54,8 @@ def jobs(request: Request) -> Jobs:
 
 async def parsed_body(request: Request) -> Any:
     """The body before defaults were filled in: what idempotency compares."""
+    if "json" not in request.headers.get("content-type", "") or not await request.body():
+        raise BadRequest("send the job spec as a JSON body, with `Content-Type: application/json`")
     return await request.json()
 
 

@@ -5,13 +5,13 @@ successor began were written by nobody that anyone will read.
 """
 
 import base64
-import binascii
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import NonNegativeInt, TypeAdapter
 
 from api.documents import (
     CheckpointRef,
@@ -30,11 +30,19 @@ from api.layout import DatasetLayout, JobLayout, SegmentId, chunk, dataset_versi
 from api.storage import Bucket
 
 _LOG_PAGE = 1000
+_CURSOR: TypeAdapter[dict[str, tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]]] = TypeAdapter(
+    dict[str, tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]]
+)
+"""For each stream (segment/rank): chunk, lines of it that were read, lines of the stream that were read."""
 
 
 def segment_ids(bucket: Bucket, layout: JobLayout) -> list[SegmentId]:
-    """Return the segments of a job, oldest first, whether or not they really began."""
-    return sorted(SegmentId.parse(name) for name in bucket.folders(layout.segments))
+    """Return the segments of a job, oldest first, whether or not they really began; other folders are none."""
+    found = []
+    for name in bucket.folders(layout.segments):
+        with suppress(ValueError):
+            found.append(SegmentId.parse(name))
+    return sorted(found)
 
 
 def read_history(bucket: Bucket, layout: JobLayout, end: CheckpointRef | None) -> list[Span]:
@@ -103,9 +111,14 @@ def read_metrics(bucket: Bucket, layout: JobLayout, end: CheckpointRef | None) -
                 parsed = StreamLine.model_validate_json(line)
                 if parsed.type == "metrics" and span.contains(parsed.step):
                     yield MetricPoint(
-                        segment=span.segment, line=number, step=parsed.step, at=parsed.at, values=parsed.values
+                        segment=span.segment, line=number, step=parsed.step, at=parsed.at, values=numbers(parsed)
                     )
                 number += 1
+
+
+def numbers(line: StreamLine) -> dict[str, float]:
+    """Return the figures of a line. JSON has no NaN and no infinity: such a figure comes as null and is left out."""
+    return {name: value for name, value in line.values.items() if isinstance(value, int | float)}
 
 
 def thinned(points: list[MetricPoint], max_points: int | None) -> list[MetricPoint]:
@@ -182,14 +195,16 @@ def find_dataset(bucket: Bucket, project: str, ref: str) -> DatasetDocument:
 
 
 def _chunks(bucket: Bucket, prefix: str, suffix: str, first: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield (index, lines) of the chunks of a stream from `first` on."""
+    """Yield (index, lines) of the chunks of a stream from `first` on.
+
+    Only those in one listing: a chunk is full before the next one begins, so all but the last of them are complete.
+    A chunk that came up meanwhile is left for the next time, since the one before it may have grown after we read it.
+    """
+    known = {item.key for item in bucket.objects(prefix)}
     index = first
-    while True:
-        try:
-            body = bucket.get(chunk(prefix, index, suffix))
-        except ObjectMissing:
-            return
-        yield index, body.decode().splitlines()
+    while (key := chunk(prefix, index, suffix)) in known:
+        # Nothing but our own line end: text may hold others, such as U+2028.
+        yield index, bucket.get(key).decode(errors="replace").split("\n")[:-1]
         index += 1
 
 
@@ -201,7 +216,6 @@ def _decode(cursor: str | None) -> dict[str, tuple[int, int, int]]:
     if cursor is None:
         return {}
     try:
-        value = json.loads(base64.urlsafe_b64decode(cursor))
-        return {str(k): (int(a), int(b), int(c)) for k, (a, b, c) in value.items()}
-    except (ValueError, TypeError, AttributeError, binascii.Error, ValidationError) as error:
+        return _CURSOR.validate_json(base64.urlsafe_b64decode(cursor))
+    except ValueError as error:
         raise InvalidSpec("this cursor is not one of ours; begin without one") from error

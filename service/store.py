@@ -226,7 +226,7 @@ class Store:
             ).one_or_none()
         return None if row is None else (row.id, row.project)
 
-    def keys(self) -> list[dict[str, Any]]:
+    def api_keys(self) -> list[dict[str, Any]]:
         """Return every API key: id, name, project and times; never the key, which is not stored."""
         columns = [column for column in api_keys.c if column.name != "sha256"]
         with self._engine.begin() as connection:

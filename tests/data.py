@@ -1,4 +1,4 @@
-"""Real data for tests: found by LOCKSTEP_DATA, or in `shared/data` beside the checkout; skipped with a message elsewhere."""
+"""Real data for tests: found by LOCKSTEP_DATA or in `shared/data` beside the checkout, else the test is skipped."""
 
 import os
 from pathlib import Path

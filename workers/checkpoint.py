@@ -45,16 +45,18 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
     """Put a saved state into a fresh model and optimizer; InvalidData if a tensor is missing or misshapen."""
     for name, parameter in model.named_parameters():
-        saved = state.get(f"model.{name}")
-        if saved is None or saved.shape != parameter.shape:
-            raise InvalidData(f"the checkpoint does not fit this model: {name} is missing or of another shape")
-        parameter.data.copy_(saved)
-        prefix = f"optimizer.{name}."
+        parameter.data.copy_(_fitting(state, f"model.{name}", parameter.shape))
+        shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
         optimizer.state[parameter] = {
-            key.removeprefix(prefix): value.to(parameter.device)
-            for key, value in state.items()
-            if key.startswith(prefix)
+            key: _fitting(state, f"optimizer.{name}.{key}", shape).to(parameter.device) for key, shape in shapes.items()
         }
+
+
+def _fitting(state: State, name: str, shape: torch.Size) -> Tensor:
+    saved = state.get(name)
+    if saved is None or saved.shape != shape:
+        raise InvalidData(f"the checkpoint does not fit this model: {name} is missing or of another shape")
+    return saved
 
 
 def part_of(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from api.documents import DatasetDocument
-from api.errors import InvalidData, LockstepError
+from api.errors import InvalidData
 from api.layout import DatasetLayout
 from api.storage import Bucket
 from workers.blocks import BlockCache, Shard
@@ -34,7 +34,7 @@ class TokenSplit:
         self.shards = [Shard(f"{layout.prefix}{split}/{doc.name}", doc, dtype) for doc in documents]
         self.shapes = [ShardShape(doc.tokens, dtype.itemsize) for doc in documents]
         self.cache = BlockCache(bucket, self.shards, cache)
-        self._vocab_size = dataset.vocab_size
+        self._name, self._vocab_size = f"the {split} split of {dataset.name}@{dataset.version}", dataset.vocab_size
 
     def read(self, shard: Indices, sample: Indices, sequence_length: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, each (len(sample), T): sample i is tokens [iT, iT+T]."""
@@ -45,9 +45,10 @@ class TokenSplit:
         tokens = torch.from_numpy(windows)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def count(self, sequence_length: int) -> int:
-        """Samples in the split."""
-        return sum(max(0, (shape.tokens - 1) // sequence_length) for shape in self.shapes)
+    def require(self, sequence_length: int) -> None:
+        """InvalidData if no shard holds a whole sample."""
+        if all(shape.tokens <= sequence_length for shape in self.shapes):
+            raise InvalidData(f"{self._name} holds no sequence of {sequence_length} tokens and the one after")
 
 
 class TrainBatches:
@@ -71,7 +72,7 @@ class TrainBatches:
         self._split, self._T = split, sequence_length
         self._order = SampleOrder(split.shapes, sequence_length, seed)
         self._global_size, self._micro_size, self._micros = global_size, micro_size, micro_range
-        self._ready: queue.Queue[list[tuple[Tensor, Tensor]] | LockstepError] = queue.Queue(_BATCHES_AHEAD)
+        self._ready: queue.Queue[list[tuple[Tensor, Tensor]] | Exception] = queue.Queue(_BATCHES_AHEAD)
         self._stop = threading.Event()
         self.waited = 0.0
         """Seconds that the training thread has waited for data."""
@@ -81,12 +82,12 @@ class TrainBatches:
     def next(self) -> list[tuple[Tensor, Tensor]]:
         """Return the next step's micro-batches: (inputs, targets) of shape (micro, T) each.
 
-        Raises what the reading thread met: InvalidData, or a StorageError after its retries.
+        Raises what the reading thread met: InvalidData, a StorageError after its retries, or whatever ended it.
         """
         start = perf_counter()
         item = self._ready.get()
         self.waited += perf_counter() - start
-        if isinstance(item, LockstepError):
+        if isinstance(item, Exception):
             raise item
         return item
 
@@ -99,10 +100,10 @@ class TrainBatches:
             for batch in self._batches(step):
                 if not self._offer(batch):
                     return
-        except LockstepError as error:
+        except Exception as error:  # whatever it is: the training thread would wait for ever
             self._offer(error)
 
-    def _offer(self, item: list[tuple[Tensor, Tensor]] | LockstepError) -> bool:
+    def _offer(self, item: list[tuple[Tensor, Tensor]] | Exception) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.2)

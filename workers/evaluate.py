@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from api.errors import InvalidData
+from api.errors import InvalidData, LockstepError, ObjectMissing
 from workers.control import Control
 from workers.data import TokenSplit
 from workers.model import Transformer
@@ -28,12 +28,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     for turn in range(0, len(starts), session.world_size):
-        fault = None
+        fault: LockstepError | None = None
         mine = turn + session.rank
         if mine < len(starts):
             try:
                 sums[mine] = _loss_sum(model, split, shards, samples, starts[mine], micro_size, session)
-            except InvalidData as error:
+            except (InvalidData, ObjectMissing) as error:
                 fault = error
         control.check(fault)
     model.train(was_training)

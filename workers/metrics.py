@@ -21,16 +21,17 @@ class Meter:
         """Leave this time (an evaluation) out of the throughput."""
         self._paused += seconds
 
-    def line(self, tokens: int, waited: float, stalled: float) -> dict[str, float]:
+    def line(self, steps: int, tokens: int, waited: float, stalled: float) -> dict[str, float]:
         """Return throughput, data wait, checkpoint stall and memory since the last line.
 
-        `tokens` were trained since then; `waited` and `stalled` are running totals of the seconds
+        `steps` and `tokens` were trained since then; `waited` and `stalled` are running totals of the seconds
         that the training thread was held.
         """
         elapsed = max(perf_counter() - self._start - self._paused, 1e-9)
         rate = tokens / elapsed
         values = {
             "tokens_per_second": rate,
+            "seconds_per_step": elapsed / max(steps, 1),
             "model_flops_per_second": rate * self._flops_per_token,
             "data_wait": (waited - self._waited) / elapsed,
             "checkpoint_stall": (stalled - self._stalled) / elapsed,

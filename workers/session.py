@@ -55,6 +55,6 @@ class Session:
     def _reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
         if self.world_size == 1:
             return values
-        on_device = values.to(self.device)
+        on_device = values.to(self.device, copy=True)  # all_reduce works in place
         dist.all_reduce(on_device, op=op)
         return on_device.cpu()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from api.arithmetic import flops_per_token, samples, total_steps
-from api.documents import DatasetDocument, JobDocument, Manifest, ResultDocument, now
+from api.documents import CheckpointRef, DatasetDocument, JobDocument, Manifest, ResultDocument, now
 from api.errors import InvalidData, LockstepError, ObjectMissing
 from api.jobs import Reason
 from api.layout import DatasetLayout, JobLayout
@@ -91,6 +91,8 @@ class Run:
     """This rank's losses (nats, summed over tokens) since the last multiple of `log_every`; float64 scalar."""
     evaluation: dict[str, float]
     """The newest one."""
+    checkpoint: CheckpointRef | None
+    """The newest one, which may be the one that this segment began at."""
 
     def close(self) -> None:
         self.batches.close()
@@ -128,10 +130,11 @@ def run_steps(run: Run) -> ResultDocument:
 
 def next_batch(run: Run) -> list[tuple[Tensor, Tensor]]:
     """Return this rank's micro-batches; on the way all ranks agree that none has bad data and nobody wants a stop."""
-    micro_batches, fault = [], None
+    micro_batches: list[tuple[Tensor, Tensor]] = []
+    fault: LockstepError | None = None
     try:
         micro_batches = run.batches.next()
-    except InvalidData as error:
+    except (InvalidData, ObjectMissing) as error:
         fault = error
     run.control.check(fault)
     return micro_batches
@@ -187,8 +190,8 @@ def log(run: Run, rate: float, norm: float) -> None:
     steps = run.step % every or every
     loss = float(run.session.total(run.loss_sum.view(1))) / (steps * tokens_per_step)
     run.loss_sum.zero_()
-    trained = (run.step - run.logged_step) * tokens_per_step
-    values = run.meter.line(trained, run.batches.waited, run.writer.stalled)
+    trained = run.step - run.logged_step
+    values = run.meter.line(trained, trained * tokens_per_step, run.batches.waited, run.writer.stalled)
     run.logged_step = run.step
     run.segment.journal.metrics(run.step, {"loss": loss, "learning_rate": rate, "grad_norm": norm, **values})
 
@@ -206,6 +209,7 @@ def evaluate_now(run: Run) -> None:
 
 def save_checkpoint(run: Run) -> None:
     run.writer.save(run.step, {**state_of(run.model, run.optimizer), **loop_state(run)}, run.evaluation)
+    run.checkpoint = CheckpointRef(segment=run.segment.id, step=run.step)
 
 
 def loop_state(run: Run) -> State:
@@ -217,10 +221,11 @@ def finish(run: Run) -> ResultDocument:
     """Wait until the last checkpoint is committed, generate the sample, and say what was made."""
     run.writer.wait()
     run.session.gather(True)  # every rank's part is written before any rank leaves
+    assert run.checkpoint is not None  # one follows the last step
     values: dict[str, Any] = {
         **run.evaluation,
         "unigram_loss": run.dataset.unigram_loss,
-        "checkpoint": run.segment.layout.checkpoint(run.step).prefix,
+        "checkpoint": run.segment.job.segment(run.checkpoint.segment).checkpoint(run.step).prefix,
     }
     if run.spec.sample is not None and run.session.leads:
         values["sample"] = sample(run, run.spec.sample)
@@ -248,6 +253,8 @@ def prepare_run(
         dataset, tokenizer, layout = open_dataset(job, spec, bucket)
         train_split = TokenSplit(bucket, layout, dataset, "train", settings.cache)
         eval_split = TokenSplit(bucket, layout, dataset, "eval", settings.cache)
+        for split in (train_split, eval_split):
+            split.require(spec.data.sequence_length)
     except (InvalidData, ObjectMissing) as error:
         fault = error
     control.check(fault)
@@ -299,6 +306,7 @@ def prepare_run(
         logged_step=origin.step,
         loss_sum=loss_sum.view(()).to(session.device),
         evaluation=origin.metrics,
+        checkpoint=origin.point,
     )
 
 

@@ -89,7 +89,6 @@ def test_a_fault_has_the_json_path_and_a_sentence(change: dict[str, Any], path: 
     assert not fault.message.startswith("Value error")
 
 
-@pytest.mark.xfail(strict=True, reason="faults_of keeps the tag of a union below the top: $.source.python-stdlib.…")
 def test_faults_of_a_prepare_job_carry_no_union_tags() -> None:
     source = {"type": "python-stdlib", "max_bytes": 1}
     (fault,) = faults({"kind": "prepare", "name": "p", "dataset": "d", "source": source})

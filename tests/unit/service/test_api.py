@@ -1,0 +1,387 @@
+"""The API in-process: who may ask, what is refused and in which words, and that nothing is stored by a refusal."""
+
+import asyncio
+import json
+import re
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import sqlalchemy as sa
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+
+from api.layout import DatasetLayout
+from service import app as app_module
+from service.auth import create_key
+from service.store import Store
+from tests.fakes import ACCEPTED, T0, FakeRay, MemoryBucket, dataset, job_id, new_store, row, settings_for
+
+KEY = "lk_test"
+AUTH = {"Authorization": f"Bearer {KEY}"}
+BODY: dict[str, Any] = {"name": "first", "data": {"dataset": "words"}, "model": {"size": "1m"}, "steps": 10}
+
+
+class Service:
+    """The application on a bucket and a Ray in memory; no lifespan, so no reconciler runs."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.bucket, self.ray = MemoryBucket(), FakeRay()
+        patch.setattr(app_module, "Bucket", lambda *_: self.bucket)
+        patch.setattr(app_module, "RayBackend", lambda *_: self.ray.backend())
+        new_store(folder)._engine.dispose()
+        self.app: FastAPI = app_module.create_app(settings_for(folder))
+        self.store: Store = self.app.state.store
+        create_key(self.store, "test", KEY)
+        self.bucket.put_document(DatasetLayout("default", "words", "v1").document, dataset())
+        self.client = TestClient(self.app, headers=AUTH, raise_server_exceptions=False)
+
+    def post(self, body: Any, key: str | None = None, query: str = "") -> httpx2.Response:
+        headers = {"Idempotency-Key": key} if key else {}
+        return self.client.post(f"/v1/jobs{query}", json=body, headers=headers)
+
+    def ended(self, number: int = 1) -> str:
+        self.store.insert(row(number, state="failed"), ACCEPTED, None)
+        return job_id(number)
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    made = Service(tmp_path, monkeypatch)
+    yield made
+    made.store._engine.dispose()
+
+
+def problem(response: httpx2.Response, status: int, name: str) -> dict[str, Any]:
+    """Check that an answer is a problem in our shape, in one sentence, and return it."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert set(body) == {"type", "title", "status", "detail", "request_id", "errors"}
+    assert (body["type"], body["status"]) == (f"urn:lockstep:problem:{name}", status)
+    assert re.fullmatch(r"[0-9a-f]{16}", body["request_id"])
+    assert response.headers.get_list("x-request-id") == [body["request_id"]]
+    for sentence in (body["detail"], *(fault["message"] for fault in body["errors"])):
+        assert 10 < len(sentence) < 400
+        assert "\n" not in sentence
+        assert not re.search(r"Traceback|pydantic|\.py\b|function-|Error\(", sentence)
+    return body
+
+
+def routes(app: FastAPI) -> list[tuple[str, str]]:
+    """Every (method, path) of the application, from OpenAPI, with the ids filled in."""
+    found = [
+        (method.upper(), path.replace("{job_id}", job_id(1)).replace("{step}", "5"))
+        for path, methods in app.openapi()["paths"].items()
+        for method in methods
+    ]
+    assert len(found) >= 12
+    return found
+
+
+def test_every_route_needs_a_key_but_health(service: Service) -> None:
+    walked = 0
+    for method, path in routes(service.app):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": f"Basic {KEY}"},
+            {"Authorization": KEY},
+        ):
+            client = TestClient(service.app, headers=headers, raise_server_exceptions=False)
+            answer = client.request(method, path, json=BODY if method == "POST" else None)
+            if path.startswith("/v1/"):
+                problem(answer, 401, "unauthorized")
+                assert answer.headers["www-authenticate"] == "Bearer"
+                walked += 1
+            else:
+                assert path in ("/healthz", "/readyz")
+                assert answer.status_code == 200
+    assert walked >= 40
+    assert service.store.live() == []
+
+
+def test_no_route_hides_from_the_walk(service: Service) -> None:
+    hidden = [r.path for r in service.app.routes if isinstance(r, APIRoute) and not r.include_in_schema]
+    assert hidden == []
+    for path in ("/openapi.json", "/docs"):
+        assert KEY not in service.client.get(path).text
+
+
+def test_a_revoked_key_opens_nothing(service: Service) -> None:
+    [key] = [entry["id"] for entry in list(service.store.keys())]
+    assert service.client.get("/v1/jobs").status_code == 200
+    service.store.revoke_key(key)
+    problem(service.client.get("/v1/jobs"), 401, "unauthorized")
+
+
+def deep(levels: int) -> bytes:
+    return b'{"labels":' + b'{"a":' * levels + b"1" + b"}" * levels + b"}"
+
+
+BAD_BODIES: list[tuple[str, bytes, int, str]] = [
+    ("empty", b"", 400, "bad-request"),
+    ("not JSON", b"name: first", 400, "bad-request"),
+    ("cut off", json.dumps(BODY).encode()[:-1], 400, "bad-request"),
+    ("not UTF-8", b'{"name": "\xff"}', 400, "bad-request"),
+    ("deep", deep(10_000), 400, "bad-request"),
+    ("digits without end", b'{"name": "a", "steps": ' + b"9" * 5000 + b"}", 400, "bad-request"),
+    ("a list", b"[1, 2]", 422, "invalid"),
+    ("null", b"null", 422, "invalid"),
+    ("a number", b"7", 422, "invalid"),
+    ("a text", b'"train"', 422, "invalid"),
+    ("nothing in it", b"{}", 422, "invalid"),
+    ("another kind", b'{"kind": "serve"}', 422, "invalid"),
+    ("a kind of kinds", b'{"kind": ["train"]}', 422, "invalid"),
+    ("half a surrogate", b'{"\\ud800": 1, "name": "\\ud800"}', 422, "invalid"),
+    ("a nest in a label", deep(50), 422, "invalid"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "name"), [b[1:] for b in BAD_BODIES], ids=[b[0] for b in BAD_BODIES])
+@pytest.mark.parametrize("key", [None, "once"])
+def test_a_body_that_is_no_spec_is_refused(
+    service: Service, body: bytes, status: int, name: str, key: str | None
+) -> None:
+    headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": key} if key else {})
+    problem(service.client.post("/v1/jobs", content=body, headers=headers), status, name)
+    assert service.store.live() == []
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/octet-stream", ""])
+def test_a_body_of_another_content_type_is_refused_by_name(service: Service, kind: str) -> None:
+    answer = service.client.post("/v1/jobs", content=json.dumps(BODY).encode(), headers={"Content-Type": kind})
+    assert "application/json" in problem(answer, 400, "bad-request")["detail"]
+    assert service.store.live() == []
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
+    ({"nmae": "x"}, "$.nmae", "unknown field"),
+    ({"model": {"size": "1m", "depth": 3}}, "$.model.depth", "unknown field"),
+    ({"steps": "10"}, "$.steps", "valid integer"),
+    ({"steps": 10.0}, "$.steps", "valid integer"),
+    ({"steps": True}, "$.steps", "valid integer"),
+    ({"steps": 10**400}, "$.steps", "less than or equal to"),
+    ({"steps": -1}, "$.steps", "greater than or equal to 1"),
+    ({"epochs": 1.0}, "$", "give steps or epochs, not both"),
+    ({"optimizer": {"learning_rate": float("nan")}}, "$.optimizer.learning_rate", "finite number"),
+    ({"optimizer": {"learning_rate": float("inf")}}, "$.optimizer.learning_rate", "finite number"),
+    ({"seed": 2**63}, "$.seed", "less than or equal to"),
+    ({"name": "../etc"}, "$.name", "is not allowed here"),
+    ({"name": "a\nb"}, "$.name", "is not allowed here"),
+    ({"name": "a\n"}, "$.name", "is not allowed here"),
+    ({"name": "a\x00"}, "$.name", "is not allowed here"),
+    ({"name": "x" * 48}, "$.name", "at most 47"),
+    ({"name": ""}, "$.name", "at least 1"),
+    ({"data": {"dataset": "../../other/datasets/words"}}, "$.data.dataset", "is not allowed here"),
+    ({"data": {"dataset": "words@../v1"}}, "$.data.dataset", "is not allowed here"),
+    ({"data": {"dataset": "words@v2"}}, "$.data.dataset", "dataset words@v2 has no dataset.json"),
+    ({"data": {"dataset": "none"}}, "$.data.dataset", "there is no dataset none"),
+    ({"labels": {"k": "a\x1bb"}}, "$.labels.k", "is not allowed here"),
+    ({"labels": {f"k{i}": "" for i in range(17)}}, "$.labels", "at most 16"),
+    ({"precision": "bf16"}, "$.precision", "not available in this version"),
+    ({"resources": {"cpus": 9}}, "$.resources", "needs 1 × 9 CPU, but the whole cluster has 8 CPU"),
+]
+
+
+@pytest.mark.parametrize(("fields", "path", "words"), BAD_FIELDS)
+@pytest.mark.parametrize("query", ["", "?dry_run=true"])
+def test_a_bad_field_is_named_with_its_path(
+    service: Service, fields: dict[str, Any], path: str, words: str, query: str
+) -> None:
+    content = json.dumps({**BODY, **fields}).encode()
+    answer = service.client.post(f"/v1/jobs{query}", content=content, headers={"Content-Type": "application/json"})
+    found = problem(answer, 422, "invalid")
+    assert path in [fault["path"] for fault in found["errors"]]
+    assert any(words in fault["message"] for fault in found["errors"])
+    assert service.store.live() == []
+
+
+@pytest.mark.parametrize(("announced", "most"), [(10 * 2**20, 0), (None, 5), (100, 5)])
+def test_a_body_without_end_is_cut_off_while_it_arrives(service: Service, announced: int | None, most: int) -> None:
+    """Spoken in ASGI, so that what the application reads can be counted."""
+    pieces, answers = 0, []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal pieces
+        pieces += 1
+        return {"type": "http.request", "body": b" " * 65_536, "more_body": True}
+
+    async def send(message: Any) -> None:
+        answers.append(message)
+
+    headers = [(b"authorization", AUTH["Authorization"].encode()), (b"content-type", b"application/json")]
+    if announced is not None:
+        headers.append((b"content-length", str(announced).encode()))
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
+    place = {"path": "/v1/jobs", "raw_path": b"/v1/jobs", "query_string": b"", "root_path": "", "headers": headers}
+    asyncio.run(service.app({**scope, **place}, receive, send))
+    start, body = answers
+    assert pieces <= most
+    answer = httpx2.Response(start["status"], headers=start["headers"], content=body["body"])
+    assert problem(answer, 413, "too-large")["detail"] == "the body is larger than 262144 bytes"
+    assert service.store.live() == []
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/v1/jobs?cursor=x", "$.query.cursor"),
+        ("/v1/jobs?cursor=../job", "$.query.cursor"),
+        ("/v1/jobs?limit=0", "$.query.limit"),
+        ("/v1/jobs?limit=201", "$.query.limit"),
+        ("/v1/jobs?limit=x", "$.query.limit"),
+        ("/v1/jobs?state=lost", "$.query.state"),
+        ("/v1/jobs/job-1", "$.path.job_id"),
+        ("/v1/jobs/..%2f..%2fetc", "$"),
+        (f"/v1/jobs/{job_id(1).upper()}", "$.path.job_id"),
+        (f"/v1/jobs/{job_id(1)}%0a", "$.path.job_id"),
+        (f"/v1/jobs/{job_id(1)}/events?after=-1", "$.query.after"),
+        (f"/v1/jobs/{job_id(1)}/events?after={10**30}", "$.query.after"),
+        (f"/v1/jobs/{job_id(1)}/metrics?max_points=0", "$.query.max_points"),
+        (f"/v1/jobs/{job_id(1)}/logs?rank=-1", "$.query.rank"),
+    ],
+)
+def test_a_bad_parameter_is_named(service: Service, path: str, words: str) -> None:
+    service.ended()
+    answer = service.client.get(path)
+    if words == "$":
+        problem(answer, 404, "not-found")
+    else:
+        assert problem(answer, 422, "invalid")["errors"][0]["path"] == words
+
+
+def test_a_log_cursor_that_is_not_ours_is_refused(service: Service) -> None:
+    service.ended()
+    found = problem(service.client.get(f"/v1/jobs/{job_id(1)}/logs?cursor=W10="), 422, "invalid")
+    assert found["detail"] == "this cursor is not one of ours; begin without one"
+
+
+def test_an_unknown_path_or_method_is_a_problem_too(service: Service) -> None:
+    problem(service.client.get("/nothing"), 404, "not-found")
+    problem(service.client.put("/v1/jobs"), 405, "method-not-allowed")
+
+
+@pytest.mark.parametrize(("method", "rest"), [("GET", ""), ("POST", "/cancel"), ("DELETE", ""), ("GET", "/events"),
+    ("GET", "/metrics"), ("GET", "/checkpoints"), ("GET", "/logs"), ("DELETE", "/checkpoints/5")])  # fmt: skip
+def test_a_job_that_is_not_there_or_not_yours_is_not_found(service: Service, method: str, rest: str) -> None:
+    service.store.insert(row(2, project="another", state="failed"), ACCEPTED, None)
+    for number in (1, 2):
+        answer = service.client.request(method, f"/v1/jobs/{job_id(number)}{rest}")
+        assert problem(answer, 404, "not-found")["detail"] == f"there is no job {job_id(number)}"
+
+
+def test_a_dry_run_says_what_would_be_and_stores_nothing(service: Service) -> None:
+    plan = service.post(BODY, key="once", query="?dry_run=true")
+    assert plan.status_code == 200
+    assert (plan.json()["steps"], plan.json()["dataset_version"]) == (10, "v1")
+    assert service.store.live() == []
+    assert service.store.replay("key", "once") is None
+    assert service.post(BODY, key="once").status_code == 201
+
+
+def test_a_job_is_accepted_once_per_key_whatever_the_order_of_its_fields(service: Service) -> None:
+    first = service.post(BODY, key="once")
+    assert (first.status_code, first.headers["location"]) == (201, f"/v1/jobs/{first.json()['id']}")
+    again = service.post(dict(reversed(list(BODY.items()))), key="once")
+    assert (again.status_code, again.json()) == (200, first.json())
+    found = problem(service.post({**BODY, "steps": 11}, key="once"), 422, "idempotency-mismatch")
+    assert first.json()["id"] in found["detail"]
+    assert service.post(BODY, key="twice").status_code == 201
+    assert service.post(BODY).status_code == 201
+    assert len(service.store.live()) == 3
+    problem(service.post(BODY, key="x" * 256), 422, "invalid")
+
+
+def test_the_same_key_still_works_when_bucket_and_ray_do_not_answer(service: Service) -> None:
+    first = service.post(BODY, key="once")
+    service.bucket.reachable = service.ray.reachable = False
+    assert service.post(BODY, key="once").json()["id"] == first.json()["id"]
+    problem(service.post(BODY, key="new"), 503, "unavailable")
+    assert len(service.store.live()) == 1
+
+
+def test_cancelling_twice_is_harmless_and_an_end_is_a_conflict(service: Service) -> None:
+    job = service.post(BODY).json()["id"]
+    problem(service.client.delete(f"/v1/jobs/{job}"), 409, "conflict")
+    problem(service.client.delete(f"/v1/jobs/{job}/checkpoints/5"), 409, "conflict")
+    for _ in range(2):
+        assert service.client.post(f"/v1/jobs/{job}/cancel").status_code == 202
+    ended = service.ended()
+    found = problem(service.client.post(f"/v1/jobs/{ended}/cancel"), 409, "conflict")
+    assert found["detail"] == f"job {ended} has already failed; it cannot be cancelled"
+    service.store.insert(row(2, state="cancelled"), ACCEPTED, None)
+    assert service.client.post(f"/v1/jobs/{job_id(2)}/cancel").status_code == 202
+
+
+def test_a_deleted_job_is_gone_at_once_and_its_row_stays(service: Service) -> None:
+    job = service.ended()
+    assert service.client.delete(f"/v1/jobs/{job}").status_code == 204
+    problem(service.client.get(f"/v1/jobs/{job}"), 404, "not-found")
+    problem(service.client.delete(f"/v1/jobs/{job}"), 404, "not-found")
+    assert service.client.get("/v1/jobs").json()["items"] == []
+    assert [buried.id for buried in service.store.to_purge()] == [job]
+
+
+def test_pages_go_on_where_the_last_one_ended(service: Service) -> None:
+    for number in range(1, 6):
+        service.store.insert(row(number), ACCEPTED, None)
+    seen, query = [], "?limit=2"
+    while True:
+        page = service.client.get(f"/v1/jobs{query}").json()
+        seen += [job["id"] for job in page["items"]]
+        if page["next_cursor"] is None:
+            break
+        query = f"?limit=2&cursor={page['next_cursor']}"
+    assert seen == [job_id(number) for number in (5, 4, 3, 2, 1)]
+    assert service.client.get(f"/v1/jobs/{job_id(1)}/events").json()["items"][0]["message"] == "accepted"
+
+
+def test_ready_is_the_database_alone(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look() -> tuple[int, bool, dict[str, str]]:
+        answer = service.client.get("/readyz")
+        body = answer.json()
+        return answer.status_code, body["ready"], {name: check["status"] for name, check in body["checks"].items()}
+
+    assert look() == (200, True, {"database": "ok", "bucket": "ok", "ray": "ok"})
+    service.bucket.reachable = service.ray.reachable = False
+    assert look() == (200, True, {"database": "ok", "bucket": "degraded", "ray": "degraded"})
+    service.store._engine.dispose()
+    monkeypatch.setattr(service.store._engine.dialect, "connect", failing)
+    assert look() == (503, False, {"database": "failed", "bucket": "degraded", "ray": "degraded"})
+    assert service.client.get("/healthz").json() == {"status": "ok"}
+
+
+def failing(*_: Any, **__: Any) -> Any:
+    raise sqlite3.OperationalError("unable to open database file")
+
+
+def test_a_locked_database_says_when_to_come_back(service: Service, tmp_path: Path) -> None:
+    job = service.post(BODY).json()["id"]
+    service.store._engine.dispose()
+    sa.event.listen(service.store._engine, "connect", lambda new, _: new.execute("PRAGMA busy_timeout=0"))
+    other = sqlite3.connect(tmp_path / "lockstep.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    answer = service.client.get(f"/v1/jobs/{job}")
+    assert problem(answer, 503, "unavailable")["detail"] == "the database does not answer; nothing was changed"
+    assert answer.headers["retry-after"] == "5"
+    other.rollback()
+    other.close()
+
+
+def test_a_bug_is_a_problem_without_a_traceback(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: Any) -> Any:
+        raise ZeroDivisionError("canary-7f3a")
+
+    monkeypatch.setattr(service.store, "get", bug)
+    found = problem(service.client.get(f"/v1/jobs/{job_id(1)}"), 500, "internal-error")
+    assert "canary" not in json.dumps(found)
+
+
+def test_times_are_in_utc(service: Service) -> None:
+    service.ended()
+    assert service.client.get(f"/v1/jobs/{job_id(1)}").json()["created_at"] == T0.strftime("%FT%TZ")

@@ -1,0 +1,232 @@
+"""Plans: every figure follows from the spec, every refusal has its numbers, and no field is left out."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from api.errors import Fault, InvalidSpec
+from api.jobs import Plan, TrainPlan
+from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
+from service.admission import Node
+from service.plan import memory_plan, plan_prepare, plan_train
+from tests.fakes import dataset, prepare_spec, train_spec
+
+GIB = 2.0**30
+CLUSTER = [Node("a", {"CPU": 8, "memory": 16 * GIB}), Node("b", {"CPU": 4, "memory": 32 * GIB})]
+
+
+def plan(nodes: Sequence[Node] | None = CLUSTER, **fields: Any) -> TrainPlan:
+    return plan_train(train_spec(**fields), dataset(), nodes, {"entrypoint": "x"})
+
+
+def refusal(nodes: Sequence[Node] | None = CLUSTER, **fields: Any) -> list[Fault]:
+    with pytest.raises(InvalidSpec) as caught:
+        plan(nodes, **fields)
+    assert caught.value.detail == caught.value.errors[0].message
+    return caught.value.errors
+
+
+def test_steps_tokens_and_epochs_follow_from_each_other() -> None:
+    fields: dict[str, Any] = {"data": {"dataset": "words", "sequence_length": 100}, "batch": {"global_size": 10}}
+    by_epochs = plan(steps=None, epochs=2.0, **fields)
+    assert (by_epochs.steps, by_epochs.tokens_per_step, by_epochs.tokens) == (200, 1000, 200_000)
+    assert by_epochs.epochs == 2.0
+    by_steps = plan(steps=50, **fields)
+    assert (by_steps.steps, by_steps.tokens, by_steps.epochs) == (50, 50_000, 0.5)
+    one_epoch = plan(steps=None, **fields)
+    assert one_epoch.steps == 100
+
+
+def test_memory_counts_four_numbers_for_each_parameter_and_the_snapshot() -> None:
+    made = plan(resources={"workers": 4})
+    weights = 4 * made.parameters
+    memory = made.memory_per_worker
+    assert (memory.weights, memory.gradients, memory.optimizer, memory.ddp_buckets) == (
+        weights, weights, 2 * weights, weights)  # fmt: skip
+    assert (memory.snapshot, memory.certain, made.checkpoint_size) == (6 * weights // 4, 4 * weights, 3 * weights)
+    alone = memory_plan(train_spec(), made.parameters)
+    assert (alone.ddp_buckets, alone.snapshot) == (0, 6 * weights)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fields", "path", "numbers"),
+    [
+        (CLUSTER, {"model": {"size": "1m", "vocab_size": 4096}}, "$.model.vocab_size", ["2048", "4096"]),
+        (CLUSTER, {"data": {"dataset": "words", "sequence_length": 100_001}}, "$.data.sequence_length",
+         ["100001", "100001"]),
+        (CLUSTER, {"data": {"dataset": "words", "sequence_length": 10_001}}, "$.data.sequence_length",
+         ["eval", "10001 tokens"]),
+        (CLUSTER, {"schedule": {"warmup_steps": 10}}, "$.schedule.warmup_steps", ["10", "10"]),
+        (CLUSTER, {"resources": {"cpus": 9}}, "$.resources", ["9 CPU", "12 CPU"]),
+        (CLUSTER, {"batch": {"global_size": 13}, "resources": {"workers": 13}}, "$.resources",
+         ["13 × 1 CPU", "12 CPU"]),
+        (CLUSTER, {"resources": {"gpus": 1}}, "$.resources", ["1 GPU", "12 CPU"]),
+        (CLUSTER, {"resources": {"memory": "40GiB"}}, "$.resources", ["40.0 GiB", "48.0 GiB"]),
+        (CLUSTER, {"model": {"size": "1.5b"}, "resources": {"memory": "2GiB"}}, "$.model", ["2.00 GiB"]),
+        ([Node("a", {"CPU": 8, "memory": 1 * GIB})], {"model": {"size": "124m"}}, "$.model", ["1.00 GiB"]),
+        (None, {"model": {"size": "1.5b"}, "resources": {"memory": "2GiB"}}, "$.model", ["2.00 GiB"]),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_field_and_both_numbers(
+    nodes: Sequence[Node] | None, fields: dict[str, Any], path: str, numbers: list[str]
+) -> None:
+    messages = [fault.message for fault in refusal(nodes, **fields) if fault.path == path]
+    assert messages
+    assert all(any(number in message for message in messages) for number in numbers)
+    assert all(len(re.findall(r"\d+", message)) >= 2 for message in messages)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_any_plan() -> None:
+    with pytest.raises(ValidationError, match=r"global_size 10 does not divide over 3 workers"):
+        train_spec(batch={"global_size": 10}, resources={"workers": 3})
+    with pytest.raises(
+        ValidationError, match=r"global_size 12 is not a multiple of batch.micro_size 4 × 2 workers = 8"
+    ):
+        train_spec(batch={"global_size": 12, "micro_size": 4}, resources={"workers": 2})
+
+
+def test_all_faults_are_told_at_once() -> None:
+    found = refusal(schedule={"warmup_steps": 11}, resources={"cpus": 99})
+    assert [fault.path for fault in found] == ["$.schedule.warmup_steps", "$.resources"]
+
+
+def test_a_warm_up_one_step_shorter_than_the_run_is_taken() -> None:
+    assert plan(schedule={"warmup_steps": 9}).steps == 10
+
+
+def test_memory_that_may_not_do_is_a_warning_and_memory_that_cannot_do_a_refusal() -> None:
+    """Certain: weights, gradients, optimizer; expected: with buckets and snapshot."""
+    memory = plan().memory_per_worker
+    evaluate = {"sequences": 5}
+    expected = memory.certain + memory.ddp_buckets + memory.snapshot
+
+    def with_bytes(count: int) -> list[str]:
+        return plan(resources={"memory": count}, evaluate=evaluate).warnings
+
+    assert with_bytes(int(expected / 0.8) + 1) == []
+    [warning] = with_bytes(memory.certain)
+    assert "it may run out of memory" in warning
+    assert len(re.findall(r"[\d.]+ GiB", warning)) == 2
+    assert refusal(resources={"memory": memory.certain - 1})[0].path == "$.model"
+
+
+def test_workers_on_one_node_share_its_memory() -> None:
+    node = [Node("a", {"CPU": 8, "memory": 0.5 * GIB})]
+    assert plan(node, model={"size": "10m"}).warnings != []
+    assert refusal(node, model={"size": "10m"}, resources={"workers": 8})[0].path == "$.model"
+
+
+def test_a_cluster_that_does_not_answer_is_a_warning() -> None:
+    [warning] = plan(None, evaluate={"sequences": 5}).warnings
+    assert warning.startswith("Ray does not answer")
+    assert plan_prepare(prepare_spec(), None, {}).warnings == [warning]
+
+
+def test_an_eval_split_smaller_than_wished_is_a_warning() -> None:
+    data = {"dataset": "words", "sequence_length": 100}
+    [warning] = plan(data=data, evaluate={"sequences": 101}).warnings
+    assert warning.startswith("evaluate.sequences is 101, but the eval split holds 100")
+    assert plan(data=data, evaluate={"sequences": 100}).warnings == []
+
+
+def test_a_preparation_that_cannot_be_placed_is_refused() -> None:
+    with pytest.raises(InvalidSpec, match="needs 1 × 9 CPU, but the whole cluster has 12 CPU"):
+        plan_prepare(prepare_spec(resources={"cpus": 9}), CLUSTER, {})
+
+
+def leaves(model: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every field of a spec that holds a value and not another model."""
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name)
+
+
+OTHER: dict[str, Any] = {
+    "name": "other", "labels": {"a": "b"}, "retries": 1, "deadline": 9, "seed": 5, "kind": "serve", "task": "pairs",
+    "data.dataset": "words@v1", "data.sequence_length": 128, "model.family": "encoder", "model.size": "3m",
+    "model.layers": 3, "model.width": 64, "model.heads": 2, "model.kv_heads": 2, "model.vocab_size": 4096,
+    "model.positions": "learned", "model.norm": "layer", "model.activation": "gelu", "model.ffn_width": 100,
+    "model.tied_embeddings": False, "model.dropout": 0.5, "model.bias": True, "optimizer.type": "sgd",
+    "optimizer.learning_rate": 0.5, "optimizer.betas": [0.5, 0.6], "optimizer.epsilon": 0.1,
+    "optimizer.weight_decay": 0.2, "schedule.type": "constant", "schedule.warmup_steps": 3, "schedule.floor": 0.5,
+    "batch.global_size": 64, "batch.micro_size": 4, "steps": 20, "epochs": 3.0, "clip.type": "value",
+    "clip.threshold": 2.0, "precision": "bf16", "compile": True, "log_every": 3, "evaluate.every": 7,
+    "evaluate.sequences": 3, "checkpoint.every": 9, "checkpoint.keep_last": 3, "checkpoint.keep_best": 2,
+    "sample.prompt": "Once", "sample.tokens": 9, "sample.temperature": 0.5, "resources.workers": 2,
+    "resources.cpus": 2, "resources.gpus": 1, "resources.memory": 2**30, "determinism": "elastic",
+    "dataset": "other", "source.type": "web", "source.max_bytes": 100_000, "tokenizer.type": "characters",
+    "tokenizer.vocab_size": 300, "split": "tail", "eval_fraction": 0.2, "shard_tokens": 5000,
+}  # fmt: skip
+NUMBERS = {
+    "data.sequence_length", "model.layers", "model.width", "model.kv_heads", "model.positions",
+    "model.activation", "model.ffn_width", "model.tied_embeddings", "model.bias", "batch.global_size", "steps",
+    "resources.workers",
+}  # fmt: skip
+"""Fields of which a figure of the plan must change with them, beside the spec itself."""
+
+TRAIN_LEAVES = list(leaves(train_spec()))
+PREPARE_LEAVES = list(leaves(prepare_spec()))
+
+
+def changed(spec: TrainSpec | PrepareSpec, path: tuple[str, ...]) -> Plan | None:
+    """Return the plan with one field changed; None if that is refused."""
+    value = spec.model_dump(mode="json", exclude_unset=True)
+    inner = value
+    for name in path[:-1]:
+        inner = inner.setdefault(name, {})
+    inner[path[-1]] = OTHER[".".join(path)]
+    try:
+        other = job_spec_adapter.validate_python(value)
+        if isinstance(other, PrepareSpec):
+            return plan_prepare(other, CLUSTER, {})
+        return plan_train(other, dataset(), CLUSTER, {})
+    except (ValidationError, InvalidSpec):
+        return None
+
+
+def test_the_walk_reaches_every_field() -> None:
+    assert {".".join(path) for path in TRAIN_LEAVES + PREPARE_LEAVES} == set(OTHER)
+
+
+@pytest.mark.parametrize("path", TRAIN_LEAVES, ids=".".join)
+def test_no_field_of_a_training_is_accepted_and_ignored(path: tuple[str, ...]) -> None:
+    spec = train_spec(model={"layers": 2, "width": 32, "heads": 4})
+    before = plan_train(spec, dataset(), CLUSTER, {})
+    after = changed(spec, path)
+    if after is None:
+        return
+    assert isinstance(after, TrainPlan)
+    assert after.spec != before.spec
+    figures = {"spec", "submission", "warnings"}
+    if ".".join(path) in NUMBERS:
+        assert after.model_dump(exclude=figures) != before.model_dump(exclude=figures)
+
+
+@pytest.mark.parametrize("path", PREPARE_LEAVES, ids=".".join)
+def test_no_field_of_a_preparation_is_accepted_and_ignored(path: tuple[str, ...]) -> None:
+    after = changed(prepare_spec(), path)
+    assert after is None or after.spec != prepare_spec()
+
+
+REFUSED = [
+    "kind", "task", "model.family", "optimizer.type", "clip.type", "precision", "compile", "checkpoint.keep_last",
+    "checkpoint.keep_best", "determinism", "model.vocab_size", "resources.gpus", "epochs",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_this_version_cannot_do_is_refused(field: str) -> None:
+    assert changed(train_spec(), tuple(field.split("."))) is None
+
+
+def test_nothing_else_is_refused() -> None:
+    spec = train_spec(model={"layers": 2, "width": 32, "heads": 4})
+    assert [".".join(path) for path in TRAIN_LEAVES if changed(spec, path) is None] == sorted(
+        REFUSED, key=[".".join(path) for path in TRAIN_LEAVES].index
+    )

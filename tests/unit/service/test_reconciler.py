@@ -1,0 +1,374 @@
+"""The reconciler against a real store, a Ray and a bucket in memory: crashes, lost replies, restarts, cancels."""
+
+import dataclasses
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from api.documents import (
+    AttemptDocument,
+    CheckpointRef,
+    FinalDocument,
+    JobDocument,
+    Manifest,
+    StreamLine,
+)
+from api.jobs import JobState, Reason
+from api.layout import chunk
+from service import observer
+from service import reconciler as reconciler_module
+from service.observer import observe_cluster
+from service.store import JobRow, Store
+from tests.fakes import T0, Crash, World, job_id, row, train_spec
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    made = World(tmp_path, monkeypatch)
+    yield made
+    made.store._engine.dispose()
+
+
+def test_a_job_goes_from_the_line_to_its_end(world: World) -> None:
+    world.add()
+    world.passes()
+    assert world.job().state == "starting"
+    assert world.ray.posts == []
+    world.passes()
+    assert world.ray.posts == [f"{job_id(1)}-1"]
+    attempt = world.bucket.get_document(world.layout().attempt(1), AttemptDocument)
+    assert (attempt.submission_id, attempt.ray_session) == (f"{job_id(1)}-1", "session-1")
+    assert world.bucket.get_document(world.layout().job, JobDocument).spec == train_spec()
+    segment = world.began()
+    world.passes(3)
+    assert (world.job().state, world.job().started_at) == ("running", T0 + timedelta(seconds=3))
+    world.result(segment, "succeeded", Reason.COMPLETED)
+    world.passes()
+    assert world.job().state == "running"
+    world.ray.jobs[world.submission()] = "SUCCEEDED"
+    world.passes()
+    job = world.job()
+    assert (job.state, job.reason, job.result) == ("succeeded", "completed", {"eval_loss": 1.5})
+    assert job.ended_at == world.now
+    final = world.bucket.get_document(world.layout().final, FinalDocument)
+    assert (final.state, final.reason, final.end) == (
+        "succeeded", Reason.COMPLETED, CheckpointRef(segment=segment, step=10))  # fmt: skip
+    assert job.history_end == final.end.model_dump() if final.end else False
+    assert [e for e in world.events() if e[0] == "state"] == [
+        ("state", state) for state in ("queued", "starting", "running", "succeeded")]  # fmt: skip
+    assert world.ray.posts == [f"{job_id(1)}-1"]
+
+
+@pytest.mark.parametrize("place", ["after_intent", "after_attempt_record", "after_submit"])
+def test_a_crash_at_any_place_submits_exactly_once(world: World, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def crash(name: str, _: str) -> None:
+        if name == place:
+            raise Crash
+
+    world.add()
+    with monkeypatch.context() as patch:
+        patch.setattr(reconciler_module, "failpoint", crash)
+        with pytest.raises(Crash):
+            world.passes(2)
+    world.restart()
+    world.passes(3)
+    assert world.ray.taken == [("session-1", f"{job_id(1)}-1")]
+    assert (world.job().state, world.job().attempt) == ("starting", 1)
+    assert world.ray.posts == [f"{job_id(1)}-1"]
+
+
+def test_a_lost_reply_is_found_by_looking_not_by_posting_again(world: World) -> None:
+    world.add()
+    world.passes()
+    # The reply to the post is the third of a pass: version, nodes, status, post.
+    answers = iter([False, False, False, True])
+    world.ray.lose_reply = lambda: next(answers, False)
+    world.passes(3)
+    assert world.ray.posts == [f"{job_id(1)}-1"]
+    assert world.job().state == "starting"
+
+
+def test_a_duplicate_answered_with_500_is_adopted(world: World) -> None:
+    world.add()
+    world.passes()
+    world.ray.jobs[f"{job_id(1)}-1"] = "PENDING"
+    world.reconciler._submit(world.job())
+    assert world.ray.posts == [f"{job_id(1)}-1"]
+    world.began()
+    world.passes()
+    assert (world.job().state, world.job().attempt) == ("running", 1)
+
+
+def test_a_ray_that_comes_back_empty_gets_another_attempt(world: World) -> None:
+    world.running()
+    world.ray.restart("session-2")
+    world.passes()
+    assert (world.job().state, world.job().faults, world.wish(1)) == ("recovering", 0, "superseded")
+    world.passes(4)
+    assert (world.job().state, world.job().attempt, world.job().ray_session) == ("starting", 2, "session-2")
+    assert world.ray.taken[-1] == ("session-2", f"{job_id(1)}-2")
+    assert world.wish(2) == "run"
+
+
+def test_a_dead_driver_is_tried_again_until_the_retries_are_used_up(world: World) -> None:
+    segment = world.running(retries=1)
+    world.ray.jobs[world.submission()] = "FAILED"
+    world.passes()
+    assert (world.job().state, world.job().faults) == ("recovering", 1)
+    world.passes(4)
+    assert (world.job().state, world.job().attempt) == ("starting", 2)
+    segment = world.began(origin=CheckpointRef(segment=segment, step=5))
+    world.passes()
+    world.ray.jobs[world.submission()] = "FAILED"
+    world.passes()
+    job = world.job()
+    assert (job.state, job.reason, job.attempt) == ("failed", "worker_lost", 2)
+    assert job.message == "the driver or its workers died, 2 times: Ray reports failed: as Ray says"
+    assert job.history_end is not None
+    assert job.history_end["segment"] == segment
+
+
+def test_a_job_that_died_keeps_its_newest_checkpoint_in_the_history(world: World) -> None:
+    """Metric lines are rarer than checkpoints can be: the end is not before the newest manifest."""
+    segment = world.running(retries=0)
+    world.stream(segment, [StreamLine(type="metrics", step=20, at=T0, values={"loss": 1.0})])
+    manifest = Manifest(job_id=job_id(1), segment=segment, step=25, world_size=1, parts=[], metrics={}, created_at=T0)
+    world.bucket.put_document(world.layout().segment(segment).checkpoint(25).manifest, manifest)
+    world.ray.jobs[world.submission()] = "FAILED"
+    world.passes()
+    assert world.job().history_end == CheckpointRef(segment=segment, step=25).model_dump()
+
+
+def test_an_attempt_without_a_sign_of_life_is_stopped_and_begun_anew(world: World) -> None:
+    world.add()
+    world.passes(2)
+    world.passes(1, seconds=601)
+    assert world.ray.stops == [f"{job_id(1)}-1"]
+    assert world.job().state == "recovering"
+
+
+@pytest.mark.parametrize("state", ["queued", "starting", "posted", "running", "recovering"])
+def test_a_cancel_ends_the_job_in_every_state(world: World, state: str) -> None:
+    if state == "queued":
+        world.add()
+    elif state in ("starting", "posted"):
+        world.add()
+        world.passes(1 if state == "starting" else 2)
+    else:
+        world.running()
+    if state == "recovering":
+        world.ray.restart("session-2")
+        world.passes()
+        assert world.job().state == "recovering"
+    assert world.store.request_cancel(job_id(1))
+    world.passes(2)
+    if state in ("posted", "running"):
+        assert (world.job().state, world.wish()) == ("cancelling", "cancel")
+        world.ray.jobs[world.submission()] = "SUCCEEDED"
+    world.passes(2)
+    assert (world.job().state, world.job().reason) == ("cancelled", "user_cancelled")
+    assert world.ray.stops == []
+    before = (world.ray.posts, world.job())
+    world.passes(2)
+    assert (world.ray.posts, world.job()) == before
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_who_does_not_hear_is_stopped_by_force_after_the_grace(world: World, writable: bool) -> None:
+    world.running()
+    world.store.request_cancel(job_id(1))
+    world.bucket.writable = writable
+    world.passes(2)
+    assert world.ray.stops == []
+    world.passes(1, seconds=30)
+    assert world.ray.stops == [f"{job_id(1)}-1"]
+    world.bucket.writable = True
+    world.passes(2)
+    assert (world.job().state, world.wish()) == ("cancelled", "cancel")
+
+
+def test_who_finishes_before_it_hears_has_succeeded(world: World) -> None:
+    segment = world.running()
+    world.store.request_cancel(job_id(1))
+    world.passes()
+    world.result(segment, "succeeded", Reason.COMPLETED)
+    world.ray.jobs[world.submission()] = "SUCCEEDED"
+    world.passes(2)
+    assert (world.job().state, world.job().result) == ("succeeded", {"eval_loss": 1.5})
+
+
+def test_a_deadline_ends_a_waiting_job_at_once_and_a_running_one_by_stopping(world: World) -> None:
+    world.ray.nodes = [{"CPU": 1}]
+    world.running(deadline=60)
+    world.add(2, deadline=60)
+    world.passes(1, seconds=60)
+    assert (world.job(1).state, world.job(1).stop_reason, world.job(2).state) == ("cancelling", "deadline", "failed")
+    world.passes()
+    assert world.wish() == "cancel"
+    world.ray.jobs[world.submission()] = "SUCCEEDED"
+    world.passes()
+    assert [(world.job(n).state, world.job(n).reason) for n in (1, 2)] == [("failed", "deadline")] * 2
+
+
+def test_jobs_are_admitted_in_the_order_in_which_they_came(world: World) -> None:
+    world.ray.nodes = [{"CPU": 4}]
+    for number, cpus in ((1, 3), (2, 2), (3, 1)):
+        world.add(number, resources={"cpus": cpus})
+    world.passes(2)
+    assert [world.job(n).state for n in (1, 2, 3)] == ["starting", "queued", "queued"]
+    assert [c["message"] for n in (2, 3) for c in world.job(n).conditions] == [
+        "needs 1 × 2 CPU, 1 CPU free beside 1 active job", "1 job ahead in the line"]  # fmt: skip
+    world.ray.jobs[world.submission(1)] = "SUCCEEDED"
+    world.result(world.began(1), "succeeded", Reason.COMPLETED)
+    world.ray.jobs[world.submission(1)] = "SUCCEEDED"
+    world.passes(2)
+    assert [world.job(n).state for n in (1, 2, 3)] == ["succeeded", "starting", "starting"]
+
+
+def since(world: World) -> tuple[str, datetime, str]:
+    [condition] = world.job().conditions
+    return condition["type"], datetime.fromisoformat(condition["since"]), condition["message"]
+
+
+@pytest.mark.parametrize("state", ["queued", "starting", "running"])
+@pytest.mark.parametrize("what", ["ray", "bucket"])
+def test_what_does_not_answer_is_a_condition_and_no_change_of_state(world: World, state: str, what: str) -> None:
+    if state == "running":
+        world.running()
+    else:
+        world.add()
+        world.passes(2 if state == "starting" else 0)
+    broken = world.ray if what == "ray" else world.bucket
+    broken.reachable = False
+    world.passes()
+    kind, first, message = since(world)
+    assert (kind, first) == ("ray_unreachable" if what == "ray" else "storage_unreachable", world.now)
+    assert "did not answer" in message
+    world.passes(3, seconds=3600)
+    assert (world.job().state, since(world)) == (state, (kind, first, message))
+    assert [e[0] for e in world.events()].count("condition") == 1
+    broken.reachable = True
+    world.passes(2)
+    assert world.job().conditions == []
+    assert world.job().attempt == 1
+    assert world.ray.posts.count(f"{job_id(1)}-1") <= 1
+
+
+def test_a_condition_whose_words_change_keeps_its_beginning(world: World) -> None:
+    world.ray.nodes = [{"CPU": 1}]
+    for number in (1, 2, 3):
+        world.add(number)
+    world.passes()
+    [first] = world.job(3).conditions
+    assert first["message"] == "1 job ahead in the line"
+    world.store.request_cancel(job_id(2))
+    world.passes(2)
+    [second] = world.job(3).conditions
+    assert second["message"] == "needs 1 × 1 CPU, 0 CPU free beside 1 active job"
+    assert second["since"] == first["since"]
+    assert [kind for kind, _ in world.events(3)] == ["state", "condition"]
+
+
+def test_a_decision_on_a_row_that_has_changed_is_dropped(world: World) -> None:
+    world.add()
+    cluster = observe_cluster(world.ray.backend())
+    stale = world.job()
+    world.store.request_cancel(job_id(1))
+    world.reconciler.reconcile(stale, cluster, reconciler_module.Line([stale]))
+    assert (world.job().state, world.job().attempt) == ("queued", 0)
+    assert world.ray.posts == []
+    world.passes()
+    assert world.job().state == "cancelled"
+
+
+def test_the_objects_of_a_deleted_job_are_deleted_once_the_bucket_answers(world: World) -> None:
+    segment = world.running()
+    world.result(segment, "failed", Reason.INVALID_DATA)
+    world.ray.jobs[world.submission()] = "FAILED"
+    world.passes()
+    world.bucket.put("default/jobs/job-another/job.json", b"{}")
+    world.bucket.put("default/datasets/words/v1/dataset.json", b"{}")
+    world.bucket.writable = False
+    assert world.store.apply(world.job(), {"deleted_at": world.now}) is not None
+    world.passes()
+    assert len(world.store.to_purge()) == 1
+    world.bucket.writable = True
+    world.passes()
+    assert world.store.to_purge() == []
+    assert sorted(world.bucket.content) == [
+        "default/datasets/words/v1/dataset.json", "default/jobs/job-another/job.json"]  # fmt: skip
+
+
+def test_progress_and_the_workers_events_are_mirrored_once_each_over_restarts(world: World) -> None:
+    def metrics(step: int) -> StreamLine:
+        return StreamLine(type="metrics", step=step, at=T0, values={"loss": float(step), "seconds_per_step": 2.0})
+
+    def event(step: int) -> StreamLine:
+        return StreamLine(type="event", step=step, at=T0, event="checkpoint", message=f"step {step}")
+
+    segment = world.running()
+    lines = [metrics(2), event(2), metrics(4)]
+    for count in (1, 2, 3):
+        world.stream(segment, lines[:count])
+        world.restart()
+        world.passes(2)
+    assert (world.job().progress["step"], world.job().progress["eta_seconds"]) == (4, 12.0)
+    second = world.began(restart=1, origin=CheckpointRef(segment=segment, step=2))
+    world.stream(second, [event(3)])
+    world.passes()
+    assert (world.job().progress["step"], world.job().progress["eta_seconds"]) == (3, None)
+    world.stream(second, [event(3), metrics(3)])
+    world.restart()
+    world.passes(2)
+    assert (world.job().progress["step"], world.job().progress["values"]["loss"]) == (3, 3.0)
+    assert [e for e in world.events() if e[0] == "checkpoint"] == [("checkpoint", "step 2"), ("checkpoint", "step 3")]
+
+
+def test_a_damaged_stream_does_not_keep_a_job_from_its_end(world: World) -> None:
+    segment = world.running()
+    world.bucket.put(chunk(world.layout().segment(segment).stream, 0, "jsonl"), b"{torn\n")
+    world.result(segment, "succeeded", Reason.COMPLETED)
+    world.ray.jobs[world.submission()] = "SUCCEEDED"
+    world.passes()
+    assert world.job().state == "succeeded"
+
+
+def test_the_trouble_of_one_job_stops_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        world.add(number)
+
+    def observe(job: JobRow, *rest: Any) -> Any:
+        if job.id == job_id(1):
+            raise KeyError("a bug")
+        return observer.observe(job, *rest)
+
+    monkeypatch.setattr(reconciler_module, "observe", observe)
+    world.passes()
+    assert [world.job(n).state for n in (1, 2)] == ["queued", "starting"]
+
+
+@pytest.mark.parametrize("error", [sa.exc.OperationalError("x", {}, Exception()), KeyError("a bug")])
+def test_the_loop_outlives_a_failing_database_and_a_bug(world: World, error: Exception) -> None:
+    world.reconciler._settings = world.settings.model_copy(update={"reconcile_interval": 0})
+    calls = []
+
+    class Failing(Store):
+        def live(self) -> list[JobRow]:
+            calls.append(1)
+            if len(calls) == 3:
+                world.reconciler.stop()
+            raise error
+
+    world.reconciler._store = Failing(world.store._engine)
+    world.reconciler._run()
+    assert len(calls) == 3
+
+
+def test_a_view_has_the_deadline_counted_from_acceptance() -> None:
+    job = dataclasses.replace(row(1, train_spec(deadline=60)), state=JobState.RUNNING.value)
+    assert reconciler_module.view(job).deadline == T0 + timedelta(seconds=60)
+    assert reconciler_module.view(row(1)).deadline is None

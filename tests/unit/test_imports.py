@@ -1,0 +1,53 @@
+"""The rooms and the arrows between them, as the code has them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("api", "service", "workers")
+MODULES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
+
+
+def imported(file: Path) -> set[str]:
+    """Return the top-level packages that a module imports anywhere in it, late and conditional imports included."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def importers(package: str) -> set[str]:
+    return {str(file.relative_to(ROOT)) for file in MODULES if package in imported(file)}
+
+
+def test_the_contracts_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    status = lint_imports(config_filename="pyproject.toml", no_cache=True)
+    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+def test_ray_is_imported_where_workers_meet_it_and_nowhere_else() -> None:
+    assert importers("ray") == {"workers/main.py", "workers/ray_session.py"}
+
+
+@pytest.mark.parametrize("file", [file for file in MODULES if file.parent.name == "api"], ids=lambda file: file.name)
+def test_api_imports_itself_relatively(file: Path) -> None:
+    """So that the package also works where another one is called `api`."""
+    assert "api" not in imported(file)
+
+
+def test_only_the_shared_bucket_brings_boto3_into_the_contract() -> None:
+    assert {name for name in importers("boto3") if name.startswith("api/")} == {"api/storage.py"}
+
+
+def test_the_client_imports_no_bucket() -> None:
+    for file in MODULES:
+        if file.parent.name == "api":
+            nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+            assert "storage" not in {node.module for node in nodes if node.level}
