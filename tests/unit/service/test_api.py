@@ -113,7 +113,7 @@ def test_no_route_hides_from_the_walk(service: Service) -> None:
 
 
 def test_a_revoked_key_opens_nothing(service: Service) -> None:
-    [key] = [entry["id"] for entry in list(service.store.keys())]
+    [key] = [entry["id"] for entry in service.store.api_keys()]
     assert service.client.get("/v1/jobs").status_code == 200
     service.store.revoke_key(key)
     problem(service.client.get("/v1/jobs"), 401, "unauthorized")
