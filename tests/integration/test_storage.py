@@ -48,7 +48,6 @@ def test_a_range_that_reaches_past_the_end_is_invalid_data(bucket: Bucket) -> No
         bucket.get_range("a", 6, 8)
 
 
-@pytest.mark.xfail(strict=True, reason="api.storage takes InvalidRange for an outage, so it is retried for nothing")
 def test_a_range_that_begins_past_the_end_is_invalid_data(bucket: Bucket) -> None:
     bucket.put("a", b"0123456789")
     with pytest.raises(InvalidData, match="/a "):

@@ -1,5 +1,6 @@
 """Data that is damaged, missing or too little ends a run with an outcome that says what and where; never silently."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,7 @@ def test_a_cache_file_that_was_damaged_is_fetched_again(bucket: Bucket, settings
         path.write_bytes(flip_a_bit(path.read_bytes()))
     second = train_alone(train_job("second"), bucket, settings)
     assert second.values["eval_loss"] == first.values["eval_loss"]
+    assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in cached)
 
 
 def test_a_warm_cache_needs_no_shard(bucket: Bucket, settings: WorkerSettings) -> None:

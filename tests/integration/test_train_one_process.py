@@ -1,7 +1,9 @@
 """One worker trains in this process against a real store: it finishes, and resumes to the bit after a crash."""
 
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ from tests.training import (
     train_alone,
     train_job,
 )
-from workers.checkpoint import State, read_checkpoint
+from workers.checkpoint import CheckpointWriter, State, read_checkpoint
+from workers.session import Session
 from workers.settings import WorkerSettings
 from workers.train import Run
 
@@ -166,6 +169,28 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         fallback = next(line for line in segment_lines(bucket, job, second) if line.event == "fallback")
         assert fallback.step == 4
         assert newest.prefix in fallback.message
+
+
+def test_a_checkpoint_is_a_snapshot_however_late_it_is_written(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, weights, trained_on = layout_of(train_job("snapshot")), torch.ones(4), threading.Event()
+    original = CheckpointWriter._write
+
+    def late(*arguments: Any) -> None:
+        trained_on.wait(30)
+        original(*arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "_write", late)
+    alone = Session(attempt=1, restart=0)
+    writer = CheckpointWriter(
+        bucket, layout, "1-0-a", alone, before_manifest=lambda: None, on_commit=lambda manifest: None
+    )
+    writer.save(1, {"weights": weights}, {})
+    weights.zero_()
+    trained_on.set()
+    writer.wait()
+    writer.close()
+    state = read_checkpoint(bucket, layout, CheckpointRef(segment="1-0-a", step=1)).state
+    assert state["weights"].tolist() == [1.0] * 4
 
 
 def test_with_every_checkpoint_damaged_the_run_begins_anew_and_says_why(
