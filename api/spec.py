@@ -256,7 +256,7 @@ class TrainSpec(_JobSpecBase):
     compile: bool = False
     """Run the model through torch.compile."""
     log_every: int = Field(default=10, ge=1, le=10**6)
-    """Steps between metric lines; lines are also at least 2 s apart."""
+    """Steps between metric lines, which reach the bucket at most once in 2 s."""
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     sample: SampleSpec | None = Field(default_factory=SampleSpec)
@@ -314,7 +314,7 @@ class TrainSpec(_JobSpecBase):
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches in one global batch, over all workers; their number does not depend on the world size."""
+        """Micro-batches in one global batch, over all workers."""
         return self.batch.global_size // self.micro_batch
 
 

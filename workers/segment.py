@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from api.documents import CheckpointRef, Fingerprint, JobDocument, ResultDocument, SegmentDocument, now
+from api.errors import StorageError
 from api.layout import JobLayout, SegmentId, SegmentLayout
 from api.storage import Bucket
 from workers.checkpoint import Restored, newest_valid, read_checkpoint, read_segments
@@ -44,9 +45,13 @@ class Segment:
         self.bucket.put_document(self.layout.result, result)
 
     def close(self) -> None:
+        """Write out the streams. A store that does not take them now must not hide why the run ended."""
         logging.getLogger("lockstep").removeHandler(self.handler)
-        self.journal.close()
-        self.log.close()
+        for stream in (self.journal, self.log):
+            try:
+                stream.close()
+            except StorageError as error:
+                logger.warning("the end of a stream was not written: %s", error)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ class WorkerSettings:
     storage: str = field(default_factory=lambda: os.environ["LOCKSTEP_STORAGE"])
     cache: Path = field(default_factory=lambda: Path(os.environ.get("LOCKSTEP_CACHE", "/tmp/lockstep-cache")))
     stream_interval: float = field(default_factory=lambda: _seconds("LOCKSTEP_STREAM_INTERVAL", 2.0))
-    """Least time between two writes of a stream, and between two metric lines."""
+    """Least time between two writes of a stream of metric lines or log lines."""
     control_interval: float = field(default_factory=lambda: _seconds("LOCKSTEP_CONTROL_INTERVAL", 1.0))
     """Time between two looks at the control object."""
     receipt_timeout: float = field(default_factory=lambda: _seconds("LOCKSTEP_RECEIPT_TIMEOUT", 600.0))

@@ -53,6 +53,7 @@ def _escaped(alphabet: list[str]) -> str:
 def encode(tokenizer: Tokenizer, texts: list[str], batch: int = 64) -> Iterator[NDArray[np.int64]]:
     """Return each text's tokens; with an end-of-text token after each where the vocabulary has one."""
     end = tokenizer.token_to_id(END_OF_TEXT)
+    tokenizer.encode_special_tokens = True  # a text that spells the end-of-text token does not become one
     for start in range(0, len(texts), batch):
         for encoding in tokenizer.encode_batch_fast(texts[start : start + batch]):
             yield np.array([*encoding.ids, *([] if end is None else [end])], dtype=np.int64)

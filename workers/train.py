@@ -54,15 +54,20 @@ def train(job: JobDocument, session: Session, bucket: Bucket, settings: WorkerSe
         control.check()
         run = prepare_run(job, spec, segment, origin, control, settings)
         result = run_steps(run)
+        if session.leads:
+            segment.finish(result)
     except Halt as halt:
         result = outcome(halt.outcome, halt.reason, halt.message, run.step if run else origin.step, {})
+        if session.leads:
+            segment.finish(result)
+    except Exception:
+        logger.exception("rank %d died", session.rank)  # into the job's own log; the group is restarted
+        raise
     finally:
         control.close()
         if run is not None:
             run.close()
-    if session.leads:
-        segment.finish(result)
-    segment.close()
+        segment.close()
     return result
 
 
@@ -202,6 +207,8 @@ def evaluate_now(run: Run) -> None:
         run.model, run.eval_split, run.spec.evaluate.sequences, run.spec.micro_batch, run.session, run.control
     )
     run.meter.pause(perf_counter() - start)
+    if not math.isfinite(loss):
+        raise Halt("failed", Reason.NON_FINITE_LOSS, f"the eval loss of step {run.step} is not finite ({loss})")
     run.evaluation = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
     run.segment.journal.metrics(run.step, run.evaluation)
     run.segment.journal.event(run.step, "evaluation", f"step {run.step}: eval loss {loss:.4f}", **run.evaluation)

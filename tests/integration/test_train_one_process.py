@@ -256,3 +256,13 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_spoils_no_checkpoint(
     assert "step 6" in result.message
     assert manifests(bucket, job) == [(segment, 4)]
     assert all(tensor.isfinite().all() for tensor in state_at(bucket, job, segment, 4).values())
+
+
+def test_an_evaluation_that_is_not_finite_fails_the_run_before_the_checkpoint(
+    bucket: Bucket, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = train_job("poisoned-evaluation")
+    monkeypatch.setattr(workers.train, "evaluate", lambda *_: float("nan"))
+    result = train_alone(job, bucket, settings)
+    assert (result.outcome, result.reason, result.step) == ("failed", Reason.NON_FINITE_LOSS, 4)
+    assert manifests(bucket, job) == []

@@ -147,3 +147,10 @@ def test_unigram_loss_is_the_cross_entropy_under_add_one_frequencies() -> None:
 def test_unigram_loss_of_even_frequencies_is_log_of_the_vocabulary() -> None:
     even = np.tile(np.arange(50), 3)
     assert unigram_loss(even, even, 50) == pytest.approx(math.log(50))
+
+
+def test_a_text_that_spells_the_end_of_text_token_does_not_become_one() -> None:
+    tokenizer = train_tokenizer(TokenizerSpec(vocab_size=300), ["some text", "more text"])
+    (tokens,) = encode(tokenizer, [f"a{END_OF_TEXT}b"])
+    assert list(tokens).count(tokenizer.token_to_id(END_OF_TEXT)) == 1
+    assert tokens[-1] == tokenizer.token_to_id(END_OF_TEXT)
