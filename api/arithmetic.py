@@ -3,6 +3,9 @@
 from .documents import DatasetDocument
 from .spec import ModelSpec, TrainSpec
 
+PREPARE_STEPS = 4
+"""What the progress of a preparation counts: read, learn the tokenizer, encode the two splits."""
+
 
 def samples(dataset: DatasetDocument, split: str, sequence_length: int) -> int:
     """Return how many samples of T tokens a split holds: sample i needs tokens [iT, iT+T] of one shard."""

@@ -1,6 +1,6 @@
 """The Python client: one synchronous class whose methods are the routes of the API.
 
-    with Client("http://localhost:8000", key) as client:
+    with Client("http://127.0.0.1:8700", key) as client:
         job = client.submit({"name": "tiny", "data": {"dataset": "stdlib"}, "model": {"size": "1m"}})
         for update in client.follow(job.id):
             print(update.job.state, update.job.progress.step)

@@ -198,7 +198,7 @@ class SampleSpec(Strict):
     """Text that the finished model continues; the continuation is in the job's result."""
     tokens: int = Field(default=128, ge=1, le=4096)
     """Tokens to generate."""
-    temperature: float = Field(default=0.8, gt=0, le=10)
+    temperature: float = Field(default=0.8, ge=0.01, le=10)
     """Divides the logits before sampling."""
 
 

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import boto3
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 DocumentT = TypeVar("DocumentT", bound=BaseModel)
 
 _MULTIPART_BYTES = 64 * 2**20
+_READS = 3
 _MISSING = {"NoSuchKey", "NotFound", "404"}
 _BEYOND = {"InvalidRange", "416"}
 _DENIED = {
@@ -83,26 +85,45 @@ class Bucket:
 
     def get(self, key: str) -> bytes:
         """Return the whole object."""
-        with self._translated(key):
-            answer = self._client.get_object(Bucket=self._name, Key=self._root + key)
-            body = answer["Body"].read()
-        if len(body) != answer["ContentLength"]:
-            raise StorageUnavailable(f"{self._where(key)} came cut short: {len(body)} bytes")
+        body, announced = self._read(key)
+        if len(body) != announced:
+            raise StorageUnavailable(f"{self._where(key)} came cut short: {len(body)} of {announced} bytes")
         return body
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return `length` bytes from `start`; a shorter answer is an error, whatever the store's status says."""
-        with self._translated(key):
-            answer = self._client.get_object(
-                Bucket=self._name, Key=self._root + key, Range=f"bytes={start}-{start + length - 1}"
-            )
-            body = answer["Body"].read()
-        if len(body) != length:
-            raise InvalidData(
-                f"{self._where(key)} gave {len(body)} bytes at {start} where {length} were asked for; "
-                "the object is shorter than its description says"
-            )
-        return body
+        body, _ = self._read(key, wanted=(start, length))
+        if len(body) == length:
+            return body
+        if self.size(key) >= start + length:
+            raise StorageUnavailable(f"{self._where(key)} came cut short: {len(body)} of {length} bytes at {start}")
+        raise InvalidData(
+            f"{self._where(key)} gave {len(body)} bytes at {start} where {length} were asked for; "
+            "the object is shorter than its description says"
+        )
+
+    def _read(self, key: str, wanted: tuple[int, int] | None = None) -> tuple[bytes, int]:
+        """Return a body and the length that it should have.
+
+        The SDK retries a request, but not a body that breaks off while it is read; so that is done here.
+        """
+        ask = partial(self._client.get_object, Bucket=self._name, Key=self._root + key)
+        if wanted is not None:
+            ask = partial(ask, Range=f"bytes={wanted[0]}-{sum(wanted) - 1}")
+        tries = 0
+        while True:
+            tries += 1
+            with self._translated(key):
+                answer = ask()
+                expected = wanted[1] if wanted is not None else answer["ContentLength"]
+                try:
+                    body = answer["Body"].read()
+                except (BotoCoreError, HTTPClientError, OSError):
+                    if tries == _READS:
+                        raise
+                    continue
+            if len(body) == expected or tries == _READS:
+                return body, expected
 
     def put(self, key: str, body: bytes) -> None:
         """Write the whole object; it is visible only when complete."""

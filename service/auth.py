@@ -5,11 +5,15 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from api.errors import Unauthorized
+from api.errors import LockstepError, Unauthorized
 from api.layout import PROJECT
 from service.store import Store
 
 _PREFIX = "lk_"
+
+
+class KeyRevoked(LockstepError):
+    """A key that shall be valid was revoked."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,11 @@ def create_key(store: Store, name: str, key: str | None = None) -> tuple[str, st
 def ensure_key(store: Store, path: Path) -> None:
     """Make sure that the key in a file is valid: how a local stack gives its own client access."""
     key = path.read_text().strip()
-    if store.find_key(_digest(key)) is None:
+    found = store.find_key(_digest(key))
+    if found is None:
         create_key(store, "bootstrap", key)
+    elif found.revoked:
+        raise KeyRevoked(f"the API key in {path} was revoked; delete the file to get a new one")
 
 
 def authenticate(store: Store, authorization: str | None) -> Principal:
@@ -44,9 +51,9 @@ def authenticate(store: Store, authorization: str | None) -> Principal:
     if scheme.lower() != "bearer" or not key:
         raise Unauthorized("send your API key as `Authorization: Bearer <key>`")
     found = store.find_key(_digest(key.strip()))
-    if found is None:
-        raise Unauthorized("this API key is not valid; make one with `lockstep-server keys create`")
-    return Principal(*found)
+    if found is None or found.revoked:
+        raise Unauthorized("this API key is not valid; an operator makes one with `lockstep-server keys create`")
+    return Principal(found.id, found.project)
 
 
 def _digest(key: str) -> str:

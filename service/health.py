@@ -1,7 +1,7 @@
 """/healthz and /readyz: is the process alive, and what does it stand on? The only routes without an API key."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 from typing import Annotated
 
@@ -13,6 +13,11 @@ from api.jobs import Check, Readiness
 from api.layout import PROJECT
 
 router = APIRouter(tags=["health"])
+
+_PATIENCE = 2.0
+"""Seconds; a probe must not wait for a store that hangs."""
+_POOL = ThreadPoolExecutor(12, thread_name_prefix="readyz")
+"""Of its own and bounded: looks that hang must take no thread from the routes."""
 
 
 @router.get("/healthz")
@@ -34,12 +39,21 @@ def checks(request: Request) -> dict[str, Callable[[], object]]:
 @router.get("/readyz", responses={503: {"model": Readiness, "description": "The database does not answer"}})
 def readyz(response: Response, every: Annotated[dict[str, Callable[[], object]], Depends(checks)]) -> Readiness:
     """Ready when the database answers; bucket and Ray are timed and at worst degraded, for a job can wait for them."""
-    with ThreadPoolExecutor(len(every)) as pool:
-        done = dict(zip(every, pool.map(_look, every.values()), strict=True))
+    looks = {name: _POOL.submit(_look, check) for name, check in every.items()}
+    done = {name: _wait(look) for name, look in looks.items()}
     if done["database"].status != "ok":
         done["database"] = done["database"].model_copy(update={"status": "failed"})
         response.status_code = 503
     return Readiness(ready=done["database"].status == "ok", checks=done)
+
+
+def _wait(look: Future[Check]) -> Check:
+    """Return what a look found; what takes longer than a probe may wait is degraded."""
+    try:
+        return look.result(timeout=_PATIENCE)
+    except TimeoutError:
+        look.cancel()
+        return Check(status="degraded", milliseconds=_PATIENCE * 1e3, message=f"no answer within {_PATIENCE:g} s")
 
 
 def _look(check: Callable[[], object]) -> Check:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from api.arithmetic import samples, total_steps
+from api.arithmetic import PREPARE_STEPS, samples, total_steps
 from api.documents import CheckpointRef, DatasetDocument, now
 from api.errors import (
     Conflict,
@@ -35,9 +35,6 @@ from service.run_reader import (
 )
 from service.settings import Settings
 from service.store import IdempotencyRecord, JobRow, NewEvent, Store
-
-PREPARE_STEPS = 4
-"""Steps of a preparation's progress: read, learn the tokenizer, encode two splits."""
 
 
 class Jobs:

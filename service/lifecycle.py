@@ -152,7 +152,7 @@ REASONS: dict[Reason, Meaning] = {
     Reason.STORAGE_UNAVAILABLE: Meaning(True, False, "the bucket did not answer"),
     Reason.WORKER_LOST: Meaning(True, True, "the driver or its workers died"),
     Reason.RAY_LOST: Meaning(True, False, "Ray lost the attempt"),
-    Reason.START_TIMEOUT: Meaning(True, True, "the attempt showed no sign of life"),
+    Reason.START_TIMEOUT: Meaning(True, False, "the attempt showed no sign of life"),
     Reason.SUPERSEDED: Meaning(True, False, "a newer attempt took over"),
 }
 
@@ -200,16 +200,18 @@ def _decide_live(job: JobView, seen: Observation, now: datetime, policy: Policy)
         return _by_result(job, seen.result)
     if seen.ray_session != job.ray_session:
         return _lost(job, Reason.RAY_LOST, "Ray was restarted and knows nothing of this attempt")
+    late = now >= job.state_since + timedelta(seconds=policy.start_deadline)
     if seen.ray is RayStatus.ABSENT:
         if job.state is JobState.STARTING:
-            return Submit()
+            refused = f"Ray took no submission in {policy.start_deadline:.0f} s"
+            return _lost(job, Reason.START_TIMEOUT, refused) if late else Submit()
         return _lost(job, Reason.RAY_LOST, "Ray no longer knows this attempt")
     if seen.ray.over:
         return _lost(job, Reason.WORKER_LOST, f"Ray reports {seen.ray}: {seen.ray_message}")
     if job.state is JobState.STARTING:
         if seen.began:
             return Move(JobState.RUNNING, "running")
-        if now >= job.state_since + timedelta(seconds=policy.start_deadline):
+        if late:
             return _lost(job, Reason.START_TIMEOUT, f"no sign of life in {policy.start_deadline:.0f} s")
     return Wait()
 

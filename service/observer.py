@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from api.errors import StorageError
+from api.errors import InvalidData, StorageError
 from api.layout import JobLayout
 from api.names import submission_id
 from api.storage import Bucket
@@ -46,7 +46,7 @@ def observe(job: JobRow, cluster: ClusterView, ray: RayBackend, bucket: Bucket, 
     )
     try:
         traces = _traces(job, bucket)
-    except StorageError as error:
+    except (StorageError, InvalidData) as error:
         return replace(blank, bucket_reachable=False, bucket_message=str(error))
     return replace(blank, began=traces.segment is not None, control=traces.control, result=traces.result)
 

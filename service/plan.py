@@ -141,6 +141,8 @@ def _memory_warnings(memory: MemoryPlan, available: int | None) -> list[str]:
 
 
 def _data_warnings(spec: TrainSpec, dataset: DatasetDocument) -> list[str]:
+    if "sequences" not in spec.evaluate.model_fields_set:
+        return []
     wanted, there = spec.evaluate.sequences, samples(dataset, "eval", spec.data.sequence_length)
     if wanted is None or wanted <= there:
         return []

@@ -94,7 +94,9 @@ class RayBackend:
 
     def stop(self, submission_id: str) -> None:
         """Ask Ray to end a submission by force."""
-        self._request("POST", f"/api/jobs/{submission_id}/stop")
+        response = self._request("POST", f"/api/jobs/{submission_id}/stop")
+        if response.status_code != 404:  # what Ray does not know is stopped
+            self._checked(response)
 
     def close(self) -> None:
         self._client.close()

@@ -180,7 +180,7 @@ class Reconciler:
         try:
             self._ray.submit(submission(spec, job.project, job.id, job.attempt, self._settings))
         except RayUnreachable as error:
-            logger.warning("job %s attempt %d: the post was not confirmed: %s", job.id, job.attempt, error)
+            self._wait(job, "ray_unreachable", f"the submission was not confirmed: {error}")
         failpoint("after_submit", self._settings.failpoint)
 
     def _tell(self, job: JobRow, wish: Wish) -> None:
@@ -269,7 +269,7 @@ class Line:
 
     def __init__(self, live: list[JobRow]) -> None:
         held = (JobState.STARTING, JobState.RUNNING, JobState.CANCELLING)
-        self.active = [job.parsed_spec for job in live if job.state in held]
+        self.active = [spec for job in live if job.state in held and (spec := _spec_or_none(job)) is not None]
         self.waiting = 0
 
     def why_not_now(self, job: JobRow, cluster: ClusterView) -> str | None:
@@ -283,6 +283,15 @@ class Line:
             self.active.append(job.parsed_spec)
         elif job.state in (JobState.QUEUED, JobState.RECOVERING) and isinstance(decision, Wait):
             self.waiting += 1
+
+
+def _spec_or_none(job: JobRow) -> TrainSpec | PrepareSpec | None:
+    """One job whose spec this version cannot read must not stop the others."""
+    try:
+        return job.parsed_spec
+    except ValueError as error:
+        logger.error("job %s: its spec cannot be read: %s", job.id, error)
+        return None
 
 
 def view(job: JobRow) -> JobView:

@@ -130,7 +130,7 @@ def cancel_job(who: Who, use: UseCases, job_id: JobId) -> Job:
 
 @router.delete("/jobs/{job_id}", status_code=204, responses=problem_responses(NotFound, Conflict), tags=["jobs"])
 def delete_job(who: Who, use: UseCases, job_id: JobId) -> None:
-    """Delete an ended job and everything that it wrote."""
+    """Delete an ended job and all that its run wrote. A dataset that it prepared stays."""
     use.delete(who, job_id)
 
 

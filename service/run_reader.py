@@ -23,7 +23,7 @@ from api.documents import (
     StreamLine,
     Wish,
 )
-from api.errors import InvalidSpec, ObjectMissing
+from api.errors import InvalidData, InvalidSpec, ObjectMissing
 from api.history import Span, history
 from api.jobs import Checkpoint, LogLine, MetricPoint
 from api.layout import DatasetLayout, JobLayout, SegmentId, chunk, dataset_versions_prefix
@@ -137,10 +137,18 @@ def read_checkpoints(bucket: Bucket, layout: JobLayout, end: CheckpointRef | Non
         segment = layout.segment(span.segment)
         steps = sorted(int(n.removeprefix("step-")) for n in bucket.folders(segment.prefix) if n.startswith("step-"))
         for step in steps:
-            manifest = bucket.find_document(segment.checkpoint(step).manifest, Manifest)
-            if manifest is not None and span.contains(step):
+            manifest = _manifest(bucket, segment.checkpoint(step).manifest) if span.contains(step) else None
+            if manifest is not None:
                 found.append(_checkpoint(manifest, segment.checkpoint(step).prefix))
     return found
+
+
+def _manifest(bucket: Bucket, key: str) -> Manifest | None:
+    """Return a manifest; a damaged one is no checkpoint, as it is none to a resume."""
+    try:
+        return bucket.find_document(key, Manifest)
+    except InvalidData:
+        return None
 
 
 def _checkpoint(manifest: Manifest, prefix: str) -> Checkpoint:

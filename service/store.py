@@ -82,6 +82,15 @@ class Replay:
 
 
 @dataclass(frozen=True)
+class Key:
+    """An API key, as far as it is stored."""
+
+    id: str
+    project: str
+    revoked: bool
+
+
+@dataclass(frozen=True)
 class IdempotencyRecord:
     principal: str
     key: str
@@ -113,7 +122,9 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    # A writer takes its lock at once, so that what it reads first is still true when it writes; readers take none.
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 class Store:
@@ -121,6 +132,7 @@ class Store:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
+        self._writer = engine.execution_options(writes=True)
 
     def ping(self) -> None:
         with self._engine.begin() as connection:
@@ -132,7 +144,7 @@ class Store:
         Returns None, or the replay if another request with the same key was first.
         """
         try:
-            with self._engine.begin() as connection:
+            with self._writer.begin() as connection:
                 connection.execute(jobs.insert().values(**dataclasses.asdict(job)))
                 self._append(connection, job.id, [event])
                 if record is not None:
@@ -192,7 +204,7 @@ class Store:
         guard = [jobs.c.id == job.id, jobs.c.version == job.version]
         if "state" in changes:
             guard.append(jobs.c.state.not_in(_ENDED))
-        with self._engine.begin() as connection:
+        with self._writer.begin() as connection:
             update = jobs.update().where(*guard).values(**changes, version=job.version + 1)
             if connection.execute(update).rowcount == 0:
                 return None
@@ -203,7 +215,7 @@ class Store:
     def request_cancel(self, job_id: str) -> bool:
         """Note that a job shall stop; False if it has ended. Never taken back, so it needs no version of the caller."""
         update = jobs.update().where(jobs.c.id == job_id, jobs.c.state.not_in(_ENDED), jobs.c.cancel_requested == 0)
-        with self._engine.begin() as connection:
+        with self._writer.begin() as connection:
             if connection.execute(update.values(cancel_requested=1, version=jobs.c.version + 1)).rowcount:
                 self._append(connection, job_id, [NewEvent("cancel", "cancellation requested")])
                 return True
@@ -217,14 +229,12 @@ class Store:
             rows = connection.execute(query.order_by(events.c.seq).limit(limit)).mappings().all()
         return [Event.model_validate(dict(row)) for row in rows]
 
-    def find_key(self, sha256: str) -> tuple[str, str] | None:
-        """Return (id, project) of a valid API key by its hash."""
-        query = sa.select(api_keys.c.id, api_keys.c.project)
+    def find_key(self, sha256: str) -> Key | None:
+        """Return an API key by its hash, revoked or not."""
+        query = sa.select(api_keys.c.id, api_keys.c.project, api_keys.c.revoked_at)
         with self._engine.begin() as connection:
-            row = connection.execute(
-                query.where(api_keys.c.sha256 == sha256, api_keys.c.revoked_at.is_(None))
-            ).one_or_none()
-        return None if row is None else (row.id, row.project)
+            row = connection.execute(query.where(api_keys.c.sha256 == sha256)).one_or_none()
+        return None if row is None else Key(row.id, row.project, row.revoked_at is not None)
 
     def api_keys(self) -> list[dict[str, Any]]:
         """Return every API key: id, name, project and times; never the key, which is not stored."""
@@ -233,7 +243,7 @@ class Store:
             return [dict(row) for row in connection.execute(sa.select(*columns)).mappings()]
 
     def insert_key(self, key_id: str, name: str, sha256: str, project: str) -> None:
-        with self._engine.begin() as connection:
+        with self._writer.begin() as connection:
             connection.execute(
                 api_keys.insert().values(id=key_id, name=name, sha256=sha256, project=project, created_at=now())
             )
@@ -241,7 +251,7 @@ class Store:
     def revoke_key(self, key_id: str) -> bool:
         """End an API key; False if there is no such key or it had ended before."""
         update = api_keys.update().where(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
-        with self._engine.begin() as connection:
+        with self._writer.begin() as connection:
             return connection.execute(update.values(revoked_at=now())).rowcount > 0
 
     def _jobs(self, query: sa.Select[Any]) -> list[JobRow]:

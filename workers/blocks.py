@@ -57,7 +57,7 @@ class BlockCache:
         """Return a future of the block's bytes; the fetch begins now unless it has already."""
         with self._lock:
             future = self._open.get((shard, block))
-            if future is None:
+            if future is None or (future.done() and future.exception() is not None):
                 future = self._pool.submit(self._load, self._shards[shard], block)
                 self._open[shard, block] = future
             return future
@@ -105,8 +105,13 @@ class BlockCache:
                 f"{path.name}. The object was changed or damaged; prepare the dataset again"
             )
         with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-            file.write(body)
-        os.replace(file.name, path)
+            try:
+                file.write(body)
+                file.flush()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
+                raise
 
 
 def _digest(data: bytes) -> str:

@@ -135,11 +135,13 @@ class CheckpointWriter:
         body = save(snapshot)
         digest = hashlib.sha256(body).hexdigest()
         key = checkpoint.part(rank, world_size)
+        size = len(body)
         self._bucket.put(key, body)
+        del body  # the snapshot and one serialised copy at a time
         if hashlib.sha256(self._bucket.get(key)).hexdigest() != digest:
             raise StorageUnavailable(f"{key} reads back otherwise than it was written")
         name = key.removeprefix(checkpoint.prefix)
-        receipt = Receipt(rank=rank, name=name, size=len(body), sha256=digest)
+        receipt = Receipt(rank=rank, name=name, size=size, sha256=digest)
         self._bucket.put_document(checkpoint.receipt(rank, world_size), receipt)
 
     def _await_receipts(self, checkpoint: CheckpointLayout) -> list[Receipt]:

@@ -25,6 +25,9 @@ from workers.train import train
 
 logger = logging.getLogger("lockstep.workers")
 
+_PLACEMENTS = 10
+"""Tries, of a minute each, to place the workers."""
+
 
 def main() -> int:
     """Run the attempt named on the command line."""
@@ -49,7 +52,8 @@ def run(attempt: Attempt) -> int:
         run_config=RunConfig(
             name=attempt.submission_id,
             storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=spec.retries),
+            # A group that cannot be placed again is given back to the control plane after that many tries.
+            failure_config=FailureConfig(max_failures=spec.retries, controller_failure_limit=_PLACEMENTS),
             callbacks=[RestartCounter()],
         ),
     )
@@ -80,7 +84,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """Run on every rank."""
     settings = WorkerSettings()
     job = JobDocument.model_validate_json(config["job"])
-    result = train(job, current_session(config["attempt"]), Bucket(settings.storage), settings)
+    spec = job.spec
+    assert isinstance(spec, TrainSpec)
+    result = train(job, current_session(config["attempt"], spec.resources.gpus), Bucket(settings.storage), settings)
     return result.model_dump(mode="json")
 
 

@@ -9,8 +9,8 @@ import torch
 class Meter:
     """Adds up between two metric lines; `line` gives the figures and begins anew."""
 
-    def __init__(self, flops_per_token: int) -> None:
-        self._flops_per_token = flops_per_token
+    def __init__(self, flops_per_token: int, device: torch.device) -> None:
+        self._flops_per_token, self._device = flops_per_token, device
         self._waited = self._stalled = 0.0
         self._begin()
 
@@ -35,16 +35,16 @@ class Meter:
             "model_flops_per_second": rate * self._flops_per_token,
             "data_wait": (waited - self._waited) / elapsed,
             "checkpoint_stall": (stalled - self._stalled) / elapsed,
-            "memory_bytes": float(memory_bytes()),
+            "memory_bytes": float(memory_bytes(self._device)),
         }
         self._waited, self._stalled = waited, stalled
         self._begin()
         return values
 
 
-def memory_bytes() -> int:
+def memory_bytes(device: torch.device) -> int:
     """Return the memory of this process: the GPU's peak where there is one, else what is resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from api.arithmetic import PREPARE_STEPS
 from api.documents import DatasetDocument, JobDocument, ResultDocument, ShardDocument, SplitDocument, now
 from api.errors import InvalidData
 from api.jobs import Reason
@@ -25,9 +26,6 @@ from workers.segment import Segment, begin_segment
 from workers.session import Session
 from workers.settings import WorkerSettings
 from workers.tokens import describe_shard, encode, shard_bytes, train_tokenizer, unigram_loss
-
-STEPS = 4
-"""Read, learn the tokenizer, encode the two splits: what progress counts."""
 
 
 def main() -> int:
@@ -94,6 +92,7 @@ def prepare(job: JobDocument, spec: PrepareSpec, segment: Segment, control: Cont
         unigram_loss=unigram_loss(tokens["train"], tokens["eval"], vocab_size),
         created_at=now(),
     )
+    control.check()  # the last chance to stop: what follows makes the dataset exist
     write_documents(segment.bucket, layout, tokenizer, dataset)
     return dataset
 
@@ -155,7 +154,7 @@ def _result(outcome: str, reason: Reason, message: str, dataset: DatasetDocument
             "outcome": outcome,
             "reason": reason,
             "message": message,
-            "step": STEPS if dataset is not None else 0,
+            "step": PREPARE_STEPS if dataset is not None else 0,
             "values": values,
             "created_at": now(),
         }

@@ -40,10 +40,10 @@ def _set_restart(restart: int) -> None:
     os.environ[_RESTART] = str(restart)
 
 
-def current_session(attempt: int) -> Session:
-    """Return this rank's session, inside a Ray Train worker."""
+def current_session(attempt: int, gpus: int) -> Session:
+    """Return this rank's session, inside a Ray Train worker. A GPU is used only if Ray reserved one for the rank."""
     context = ray.train.get_context()
-    device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+    device = ray.train.torch.get_device() if gpus else torch.device("cpu")
     assert context.get_world_size() == 1 or dist.is_initialized()
     return Session(
         attempt=attempt,

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from api.arithmetic import flops_per_token, samples, total_steps
 from api.documents import CheckpointRef, DatasetDocument, JobDocument, Manifest, ResultDocument, now
-from api.errors import InvalidData, LockstepError, ObjectMissing
+from api.errors import InvalidData, LockstepError, ObjectMissing, StorageError
 from api.jobs import Reason
 from api.layout import DatasetLayout, JobLayout
 from api.spec import SampleSpec, TrainSpec
@@ -57,6 +57,8 @@ def train(job: JobDocument, session: Session, bucket: Bucket, settings: WorkerSe
         if session.leads:
             segment.finish(result)
     except Halt as halt:
+        if run is not None:
+            run.settle()
         result = outcome(halt.outcome, halt.reason, halt.message, run.step if run else origin.step, {})
         if session.leads:
             segment.finish(result)
@@ -98,6 +100,13 @@ class Run:
     """The newest one."""
     checkpoint: CheckpointRef | None
     """The newest one, which may be the one that this segment began at."""
+
+    def settle(self) -> None:
+        """Let the checkpoint in flight be finished: after a loss that is not finite it is what the user has."""
+        try:
+            self.writer.wait()
+        except StorageError as error:
+            logger.warning("the checkpoint in flight was not written: %s", error)
 
     def close(self) -> None:
         self.batches.close()
@@ -307,7 +316,7 @@ def prepare_run(
         batches=batches,
         eval_split=eval_split,
         writer=writer,
-        meter=Meter(flops),
+        meter=Meter(flops, session.device),
         total_steps=steps,
         step=origin.step,
         logged_step=origin.step,

@@ -94,8 +94,9 @@ def running_stack(state: Path, cpus: int) -> Iterator[Stack]:
             wait_until(lambda: all(c.status == "ok" for c in client.ready().checks.values()), 90, "Ray to be ready")
             yield stack
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
 
 
 def storage_environment(state: Path, port: int) -> dict[str, str]:
