@@ -30,6 +30,7 @@ from tests.training import (
 )
 from workers.checkpoint import CheckpointWriter, State, read_checkpoint
 from workers.session import Session
+from workers.optim import clip_gradients
 from workers.settings import WorkerSettings
 from workers.train import Run
 
@@ -266,3 +267,26 @@ def test_an_evaluation_that_is_not_finite_fails_the_run_before_the_checkpoint(
     result = train_alone(job, bucket, settings)
     assert (result.outcome, result.reason, result.step) == ("failed", Reason.NON_FINITE_LOSS, 4)
     assert manifests(bucket, job) == []
+
+
+def test_a_checkpoint_in_flight_is_finished_when_the_run_fails_after_it(
+    bucket: Bucket, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = train_job("failing")
+    put, calls = Bucket.put, iter(range(100))
+
+    def slow_put(self: Bucket, key: str, body: bytes) -> None:
+        if key.endswith(".safetensors"):
+            time.sleep(0.5)
+        put(self, key, body)
+
+    def poisoned(*arguments: object) -> torch.Tensor:
+        norm = clip_gradients(*arguments)  # type: ignore[arg-type]
+        return norm * float("nan") if next(calls) == 4 else norm
+
+    monkeypatch.setattr(Bucket, "put", slow_put)
+    monkeypatch.setattr(workers.train, "clip_gradients", poisoned)
+    result = train_alone(job, bucket, settings)
+    (segment,) = segment_names(bucket, job)
+    assert (result.reason, result.step) == (Reason.NON_FINITE_LOSS, 4)
+    assert manifests(bucket, job) == [(segment, 4)]
