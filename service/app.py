@@ -28,6 +28,7 @@ Send your API key as `Authorization: Bearer <key>`. Every error is `application/
 def create_app(settings: Settings) -> FastAPI:
     """Return the control plane, its database migrated and its reconciler started with the server."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each look at Ray says nothing
     migrate(settings.database_url)
     engine = make_engine(settings.database_url)
     store = Store(engine)

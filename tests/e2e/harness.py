@@ -168,7 +168,8 @@ def assert_as_if_nothing_had_happened(stack: Stack, ended: Job, undisturbed: Job
     assert curve(stack, ended) == curve(stack, undisturbed)
     assert ended.result["eval_loss"] == undisturbed.result["eval_loss"]
     (resumed,) = [event for event in stack.client.events(ended.id).items if event.type == "resumed"]
-    assert resumed.data["step"] in (20, 30)  # the run goes on between the last look and the kill
+    # The run goes on between the last look and the kill, so it may have come past more than two checkpoints.
+    assert 20 <= resumed.data["step"] < ended.progress.step
 
 
 def kill(process: psutil.Process) -> None:

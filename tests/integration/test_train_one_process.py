@@ -29,8 +29,8 @@ from tests.training import (
     train_job,
 )
 from workers.checkpoint import CheckpointWriter, State, read_checkpoint
-from workers.session import Session
 from workers.optim import clip_gradients
+from workers.session import Session
 from workers.settings import WorkerSettings
 from workers.train import Run
 
