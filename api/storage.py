@@ -69,7 +69,8 @@ class Bucket:
         self.url = url.rstrip("/")
         self._name = name
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._client: S3Client = boto3.client(
+        # A session of its own: the SDK's shared one keeps the first credentials that it finds in a process.
+        self._client: S3Client = boto3.session.Session().client(
             "s3",
             config=Config(
                 signature_version="s3v4",

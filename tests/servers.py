@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import boto3
 import pytest
 
 BUCKET = "lockstep"
@@ -55,12 +54,11 @@ class S3:
 
 
 def use_store(server: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process's next `Bucket` use the store; boto3 otherwise remembers the first keys that it found."""
+    """Let this process's next `Bucket` use the store."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
 
 
 def free_port() -> int:
