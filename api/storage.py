@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
 from botocore.config import Config
@@ -189,7 +189,7 @@ class Bucket:
     def put_document(self, key: str, document: BaseModel) -> None:
         self.put(key, document.model_dump_json().encode())
 
-    def _pages(self, prefix: str, delimiter: str) -> Iterator[dict]:  # type: ignore[type-arg]
+    def _pages(self, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
         with self._translated(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._name, Prefix=self._root + prefix, Delimiter=delimiter

@@ -64,7 +64,8 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.kv_heads != self.heads,
         )
-        return self.output(y_BHTE.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+        y_BTD: Tensor = self.output(y_BHTE.transpose(1, 2).reshape(B, T, -1))
+        return y_BTD
 
 
 class FeedForward(nn.Module):
@@ -79,7 +80,8 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
         h_BTF = F.silu(self.gate(x_BTD)) * up_BTF if self.gate is not None else F.gelu(up_BTF)
-        return self.down(h_BTF)  # type: ignore[no-any-return]
+        y_BTD: Tensor = self.down(h_BTF)
+        return y_BTD
 
 
 class Block(nn.Module):
@@ -93,7 +95,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotary: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary))
-        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))  # type: ignore[no-any-return]
+        y_BTD: Tensor = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+        return y_BTD
 
 
 class Transformer(nn.Module):
@@ -135,9 +138,9 @@ class Transformer(nn.Module):
         rotary = self.rotary[:, :T] if self.rotary is not None else None
         for block in self.blocks:
             x_BTD = block(x_BTD, rotary)
-        logits_BTV = self.output(self.norm(x_BTD))
+        logits_BTV: Tensor = self.output(self.norm(x_BTD))
         if targets_BT is None:
-            return logits_BTV  # type: ignore[no-any-return]
+            return logits_BTV
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
 
 
