@@ -17,7 +17,8 @@ from api.storage import Bucket
 from workers.blocks import BlockCache, Shard
 from workers.order import Indices, SampleOrder, ShardShape
 
-_BATCHES_AHEAD = 4
+_BATCHES_AHEAD = 16
+"""Deep enough to cover a machine that is busy for a while; a batch of token ids is small."""
 
 
 class TokenSplit:
