@@ -106,6 +106,8 @@ def submit(
             return _print(client, output, lambda: show.plan(plan))
         job = client.submit(spec, idempotency_key=idempotency_key)
         if watch:
+            if output is Output.TABLE:
+                typer.echo(f"{file} → {job.id}")
             return _watch(client, job.id, output)
         return _print(client, output, lambda: show.job_detail(job, now()))
 
@@ -188,7 +190,10 @@ def cancel(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> 
     """Stop a job."""
     with _client(ctx) as client:
         job = client.cancel(job_id)
-        _print(client, output, lambda: show.job_detail(job, now()))
+        if output is Output.TABLE and not job.state.ended:
+            typer.echo(f"Cancellation requested. It stops within a step: lockstep watch {job.id}")
+        else:
+            _print(client, output, lambda: show.job_detail(job, now()))
 
 
 @app.command()
@@ -314,7 +319,7 @@ def _log_line(line: LogLine, rank: int | None) -> str:
 def _complain(error: LockstepError) -> None:
     typer.echo(show.plain(str(error)), err=True)
     if isinstance(error, ApiError):
-        for fault in error.errors:
+        for fault in error.errors[1:] and error.errors:  # a single fault is the message itself
             typer.echo(f"  {show.plain(fault.path)}: {show.plain(fault.message)}", err=True)
         if error.request_id and _code_of(error) == NO_SERVER:
             typer.echo(f"  request {show.plain(error.request_id)}", err=True)

@@ -137,7 +137,7 @@ class Manifest(Document):
     world_size: int
     parts: list[Receipt]
     metrics: dict[str, float]
-    """The newest evaluation at the time of the snapshot."""
+    """The evaluation of this step, if there was one."""
     created_at: datetime
 
     @property

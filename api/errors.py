@@ -188,6 +188,10 @@ def _sentence(error: Any) -> str:
             return "this field is required"
         case "value_error":
             return str(error["msg"]).removeprefix("Value error, ")
+        case "string_pattern_mismatch" if error["loc"][-1] == "job_id":
+            return f"{str(error['input'])[:60]!r} is not a job's id; `lockstep list` shows the ids"
+        case "string_pattern_mismatch" if error["loc"][-1] in ("name", "dataset", "folder"):
+            return f"{str(error['input'])[:60]!r} is not allowed here; use small letters, digits and dashes"
         case "string_pattern_mismatch":
             return f"{str(error['input'])[:60]!r} is not allowed here; it must match {error['ctx']['pattern']}"
         case _:

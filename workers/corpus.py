@@ -26,7 +26,10 @@ def read_documents(spec: PrepareSpec, project: str, bucket: Bucket) -> list[Text
         case TextSource(folder=folder):
             documents = list(_uploads(bucket, upload_prefix(project, folder)))
     if not documents:
-        raise InvalidData(f"the source {spec.source.model_dump()} holds no text")
+        where = (
+            f"{bucket.url}/{upload_prefix(project, spec.source.folder)}" if spec.source.type == "text" else "the source"
+        )
+        raise InvalidData(f"there is no text in {where}; put UTF-8 files there first")
     return documents
 
 

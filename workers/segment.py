@@ -81,7 +81,10 @@ def begin_segment(
             created_at=now(),
         )
         bucket.put_document(layout.segment(name).document, document)
-        choice, notes = _Choice(name, origin.point), _notes(origin.point, passed_over, segments, fingerprint)
+        choice = _Choice(name, origin.point)
+        if session.restart:
+            notes = [("restart", f"a worker was lost; the group was started again (restart {session.restart})")]
+        notes += _notes(origin.point, passed_over, segments, fingerprint)
     agreed = session.broadcast(choice)
     if agreed.point is not None and not session.leads:
         origin = read_checkpoint(bucket, layout, agreed.point)

@@ -82,7 +82,7 @@ class Journal:
         self._append(StreamLine(type="metrics", step=step, at=now(), values=values))
 
     def event(self, step: int, event: str, message: str, **values: Any) -> None:
-        logger.info("step %d: %s", step, message)
+        logger.info("%s", message)
         self._append(StreamLine(type="event", step=step, at=now(), event=event, message=message, values=values))
 
     def flush(self) -> None:

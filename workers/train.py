@@ -63,7 +63,9 @@ def train(job: JobDocument, session: Session, bucket: Bucket, settings: WorkerSe
         if session.leads:
             segment.finish(result)
     except Exception:
-        logger.exception("rank %d died", session.rank)  # into the job's own log; the group is restarted
+        logger.exception(
+            "rank %d stopped on an error, its own or of a rank that it lost", session.rank
+        )  # into the job's own log; the group is restarted
         raise
     finally:
         control.close()
@@ -97,7 +99,7 @@ class Run:
     loss_sum: Tensor
     """This rank's losses (nats, summed over tokens) since the last multiple of `log_every`; float64 scalar."""
     evaluation: dict[str, float]
-    """The newest one."""
+    """Of the present step, if it was evaluated; a checkpoint carries it."""
     checkpoint: CheckpointRef | None
     """The newest one, which may be the one that this segment began at."""
 
@@ -121,6 +123,7 @@ def run_steps(run: Run) -> ResultDocument:
     warm_up(run)
     while run.step < run.total_steps:
         step = run.step + 1
+        run.evaluation = {}
         micro_batches = next_batch(run)
         accumulate_gradients(run, step, micro_batches, scale=run.session.world_size / tokens_per_step)
         norm = float(clip_gradients(run.model, spec.clip))
