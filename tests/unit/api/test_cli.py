@@ -294,7 +294,7 @@ POINT = {"segment": "s", "line": 0, "step": 7, "at": AT, "values": {"loss": 2.5}
 VIEWS: list[tuple[list[str], dict[str, Any], str]] = [
     (["list"], {"GET__jobs": page(job())}, ID),
     (["show", ID], {"GET__job": job()}, "5/10"),
-    (["cancel", ID], {"POST__cancel": httpx2.Response(202, json=job("cancelling"))}, "cancelling"),
+    (["cancel", ID], {"POST__cancel": httpx2.Response(202, json=job("cancelling"))}, "Cancellation requested"),
     (["metrics", ID], {"GET__metrics": page(POINT)}, "2.5000"),
     (["checkpoints", ID], {"GET__checkpoints": page(CHECKPOINT)}, "1.0 MiB"),
 ]
