@@ -2,6 +2,9 @@
 
 import time
 
+import pytest
+
+from api.errors import InvalidSpec
 from api.jobs import Job, JobState, Reason
 from tests.e2e.conftest import KILL_SPEC, STEPS
 from tests.e2e.harness import Stack, curve, follow, reached
@@ -61,9 +64,10 @@ def test_a_job_that_never_fits_is_refused_in_numbers_and_a_queued_one_can_be_can
     reached(stack.client, long, 1)
     waiting = stack.client.get(second.id)
     assert waiting.state is JobState.QUEUED
-    assert waiting.conditions[0].message == "needs 3 × 1 CPU, 1 CPU + 0.0 GiB memory free beside 1 active jobs" or (
-        "3 × 1 CPU" in waiting.conditions[0].message
-    )
+    assert waiting.conditions[0].message.startswith("needs 3 × 1 CPU, 1 CPU ")
+    assert waiting.conditions[0].message.endswith(" free beside 1 active job")
+    with pytest.raises(InvalidSpec, match="needs 6 × 1 CPU, but the whole cluster has 4 CPU"):
+        stack.client.submit({**KILL_SPEC, "name": "too-large", "resources": {"workers": 6}})
     stack.client.cancel(second.id)
     assert follow(stack.client, second, 15).state is JobState.CANCELLED
     assert stack.submissions(second) == []
