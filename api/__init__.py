@@ -5,4 +5,4 @@ here, once. The client (`client.py`, `profile.py`, `cli.py`, `show.py`) needs no
 needs boto3, is for control plane and workers alone (docs/adr/0001).
 """
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

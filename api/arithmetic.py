@@ -3,6 +3,8 @@
 from .documents import DatasetDocument
 from .spec import ModelSpec, TrainSpec
 
+BATCHES_AHEAD = 16
+"""Global batches that a worker holds ready: enough to cover a machine that is busy for a while, and small."""
 PREPARE_STEPS = 4
 """What the progress of a preparation counts: read, learn the tokenizer, encode the two splits."""
 

@@ -19,11 +19,12 @@ from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
-from . import __version__, profile, show
+from . import __version__, lookup, profile, show
 from .client import Client, Update
 from .documents import now
-from .errors import ApiError, LockstepError
-from .jobs import Job, JobState, LogLine
+from .download import FILES, SaveError, all_or_none, bar, choose, refuse_existing
+from .errors import ApiError, LockstepError, NotFound
+from .jobs import Event, Job, JobState, LogLine, MetricPoint, ModelFile, Rewind
 
 JOB_FAILED, BAD_REQUEST, JOB_CANCELLED, NO_SERVER, INTERRUPTED = 1, 2, 3, 4, 130
 _END_CODES = {JobState.FAILED: JOB_FAILED, JobState.CANCELLED: JOB_CANCELLED}
@@ -58,7 +59,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 job failed, 2 usage or bad spec, 3 job cancelled, 4 no server, 130 Ctrl-C.",
 )
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, the beginning of it, or the job's name.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")]
 Format = Annotated[Output, typer.Option("--output", "-o", help="A table for people, the API's JSON for programs.")]
 Connect = Callable[[], Client]
 
@@ -115,15 +117,21 @@ def submit(
 @app.command("list")
 def list_jobs(
     ctx: typer.Context,
-    state: Annotated[JobState | None, typer.Option(help="Only jobs in this state.")] = None,
+    state: Annotated[
+        list[JobState] | None, typer.Option(help="Only jobs in this state; repeat it for any of some.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Only jobs of this name.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY[=VALUE]", help="Only jobs with this label; repeat it for all of some."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Most jobs to show.")] = 50,
     cursor: Annotated[str | None, typer.Option(help="Where the page before this one said to go on.")] = None,
     output: Format = Output.TABLE,
 ) -> None:
     """List jobs, newest first."""
     with _client(ctx) as client:
-        page = client.list(state, name, limit, cursor)
+        page = client.list(state, name, limit, cursor, label)
         _print(client, output, lambda: show.job_table(page.items, now()))
     if page.next_cursor and output is Output.TABLE:
         typer.echo(f"There are more: --cursor {show.plain(page.next_cursor)}", err=True)
@@ -132,7 +140,7 @@ def list_jobs(
 @app.command("show")
 def show_job(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
     """Show one job."""
-    with _client(ctx) as client:
+    with _job(ctx, job_id) as (client, job_id):
         job = client.get(job_id)
         _print(client, output, lambda: show.job_detail(job, now()))
 
@@ -140,20 +148,32 @@ def show_job(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -
 @app.command()
 def watch(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
     """Watch a job until it has ended; the exit code says how. With -o json: a line for each event, then the job."""
-    with _client(ctx) as client:
+    with _job(ctx, job_id) as (client, job_id):
         _watch(client, job_id, output)
+
+
+@app.command()
+def events(ctx: typer.Context, job_id: JobId, follow: Follow = False, output: Format = Output.TABLE) -> None:
+    """Print what happened to a job. With -o json: a line for each event."""
+    console = Console()
+    with _job(ctx, job_id) as (client, job_id):
+        for event in client.stream_events(job_id) if follow else _all_events(client, job_id):
+            if output is Output.JSON:
+                _print_line(event)
+            else:
+                console.print(show.event_line(event), soft_wrap=True)
 
 
 @app.command()
 def logs(
     ctx: typer.Context,
     job_id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    follow: Follow = False,
     rank: Annotated[int | None, typer.Option(min=0, help="Only this worker's.")] = None,
     output: Format = Output.TABLE,
 ) -> None:
     """Print what the workers wrote. With -o json: a line for each line."""
-    with _client(ctx) as client:
+    with _job(ctx, job_id) as (client, job_id):
         for line in client.tail(job_id, rank) if follow else _all_lines(client, job_id, rank):
             if output is Output.JSON:
                 _print_line(line)
@@ -168,27 +188,69 @@ def metrics(
     keys: Annotated[str | None, typer.Option(help="Which, with commas between: loss,eval_loss.")] = None,
     from_step: Annotated[int, typer.Option(min=0, help="Leave out what lies before this step.")] = 0,
     max_points: Annotated[int | None, typer.Option(min=1, help="Thin the points out to this number.")] = None,
+    follow: Follow = False,
     output: Format = Output.TABLE,
 ) -> None:
-    """Print a job's metrics."""
+    """Print a job's metrics. With -f, a line for each point and for each return to a checkpoint."""
+    if follow and max_points is not None:
+        raise typer.BadParameter("--follow and --max-points exclude each other: what is to come cannot be thinned out")
     chosen = None if keys is None else [key for key in keys.split(",") if key]
-    with _client(ctx) as client:
+    with _job(ctx, job_id) as (client, job_id):
+        if follow:
+            return _follow_metrics(client.stream_metrics(job_id, chosen, from_step), chosen, output)
         page = client.metrics(job_id, chosen, from_step, max_points)
-        _print(client, output, lambda: show.metrics_table(page.items, chosen))
+        return _print(client, output, lambda: show.metrics_table(page.items, chosen))
 
 
 @app.command()
 def checkpoints(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
     """List a job's checkpoints."""
-    with _client(ctx) as client:
+    with _job(ctx, job_id) as (client, job_id):
         page = client.checkpoints(job_id)
         _print(client, output, lambda: show.checkpoints_table(page.items, now()))
 
 
 @app.command()
+def download(
+    ctx: typer.Context,
+    job_id: JobId,
+    step: Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step, not the newest.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint of lowest eval loss.")] = False,
+    to: Annotated[Path | None, typer.Option(help="The folder to write to. Default: NAME-step-N, here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Download a checkpoint as a folder that other libraries load, and print the files' paths."""
+    if step is not None and best:
+        raise typer.BadParameter("--step and --best exclude each other: each chooses the checkpoint")
+    with _job(ctx, job_id) as (client, job_id):
+        chosen = choose(client.checkpoints(job_id).items, step, best)
+        folder = to or Path(f"{client.get(job_id).name}-step-{chosen.step}")
+        if not force:
+            refuse_existing(folder)
+        with all_or_none(folder) as place:
+            saved = [name for name in FILES if _saved(client, job_id, chosen.step, name, place / name)]
+        for name in saved:
+            typer.echo(folder / name)
+
+
+def _saved(client: Client, job_id: str, step: int, name: ModelFile, to: Path) -> bool:
+    """Download a file; False if it is one of a tokenizer and there is none."""
+    try:
+        with bar(Console(stderr=True), name) as progress:
+            client.download(job_id, step, name, to, progress)
+    except NotFound as error:
+        if not name.startswith("tokenizer"):
+            raise
+        if name == "tokenizer.json":  # and not a second time for its config
+            typer.echo(f"No tokenizer: {show.plain(str(error))}", err=True)
+        return False
+    return True
+
+
+@app.command()
 def cancel(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
     """Stop a job."""
-    with _client(ctx) as client:
+    with _job(ctx, job_id, only=True) as (client, job_id):
         job = client.cancel(job_id)
         if output is Output.TABLE and not job.state.ended:
             typer.echo(f"Cancellation requested. It stops within a step: lockstep watch {job.id}")
@@ -204,7 +266,7 @@ def delete(
     output: Format = Output.TABLE,
 ) -> None:
     """Delete an ended job with everything it wrote, or one checkpoint of it."""
-    with _client(ctx) as client:
+    with _job(ctx, job_id, only=True) as (client, job_id):
         if checkpoint is None:
             client.delete(job_id)
         else:
@@ -270,6 +332,19 @@ def _client(ctx: typer.Context) -> Iterator[Client]:
         yield client
 
 
+@contextmanager
+def _job(ctx: typer.Context, text: str, only: bool = False) -> Iterator[tuple[Client, str]]:
+    """Connect and find the job that a text means; of several of one name the newest, or with `only` none."""
+    with _client(ctx) as client:
+        found = lookup.find_jobs(client, text)
+        job_id = lookup.only(text, found) if only else found[0]
+        if len(found) > 1:
+            typer.echo(
+                f"{show.plain(text)}: the newest of several, {job_id}. Before it: {', '.join(found[1:])}", err=True
+            )
+        yield client, job_id
+
+
 def _print(client: Client, output: Output, view: Callable[[], RenderableType]) -> None:
     if output is Output.TABLE:
         Console().print(view(), markup=False, highlight=False)
@@ -296,6 +371,27 @@ def _print_events(updates: Iterator[Update]) -> Job | None:
     if job:
         _print_line(job)
     return job
+
+
+def _follow_metrics(items: Iterator[MetricPoint | Rewind], keys: list[str] | None, output: Output) -> None:
+    console = Console()
+    for item in items:
+        if output is Output.JSON:
+            text = item.model_dump_json()
+            typer.echo(f'{{"rewind":{text}}}' if isinstance(item, Rewind) else text)
+        else:
+            line = show.rewind_line(item) if isinstance(item, Rewind) else show.metric_line(item, keys)
+            console.print(line, soft_wrap=True)
+
+
+def _all_events(client: Client, job_id: str) -> Iterator[Event]:
+    after = 0
+    while True:
+        page = client.events(job_id, after)
+        yield from page.items
+        if not page.next_cursor:
+            return
+        after = page.items[-1].seq
 
 
 def _print_line(answer: BaseModel) -> None:
@@ -327,6 +423,6 @@ def _complain(error: LockstepError) -> None:
 
 def _code_of(error: LockstepError) -> int:
     """Tell what the user can mend (2) from what the server must (4)."""
-    own = isinstance(error, (SpecFileError, profile.ProfileError))
+    own = isinstance(error, (SpecFileError, SaveError, profile.ProfileError))
     refused = isinstance(error, ApiError) and 400 <= error.status < 500
     return BAD_REQUEST if own or refused else NO_SERVER

@@ -12,9 +12,11 @@ Every method raises `ApiError` for an answer that is not a success, `Unreachable
 import json
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self, TypeVar
 from urllib.parse import quote
 
@@ -22,9 +24,11 @@ import httpx2
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from . import __version__
+from .download import ShowProgress, save
 from .errors import (
     ApiError,
     BadRequest,
+    Fault,
     InvalidData,
     InvalidSpec,
     NotFound,
@@ -33,8 +37,11 @@ from .errors import (
     Unreachable,
     api_error,
 )
-from .jobs import Checkpoint, Event, Job, JobState, LogLine, MetricPoint, Page, Plan, Readiness
+from .jobs import Checkpoint, Event, Job, JobState, LogLine, MetricPoint, ModelFile, Page, Plan, Readiness, Rewind
+from .json_values import beyond_json
+from .live import EVENT_KINDS, LOG_KINDS, LONGEST_PAUSE, METRIC_KINDS, Kinds, Stream
 from .spec import PrepareSpec, TrainSpec
+from .sse import MEDIA_TYPE
 
 T = TypeVar("T")
 Spec = Mapping[str, Any] | TrainSpec | PrepareSpec
@@ -42,9 +49,9 @@ Spec = Mapping[str, Any] | TrainSpec | PrepareSpec
 RETRY_SECONDS = 3.0
 """How long a request that may safely be repeated is repeated while there is no answer, or only a 503."""
 PATIENCE_SECONDS = 120.0
-"""How long `follow` and `tail` wait for a control plane that is away."""
-LONGEST_PAUSE = 5.0
-"""Seconds; pauses between attempts double from 0.2 up to this."""
+"""How long `follow` and live streams wait for a control plane that is away."""
+SILENCE_SECONDS = 45.0
+"""How long a live stream may bring nothing before it counts as broken: three times the server's keep-alive."""
 PAGE = 200
 """Items asked for at once where all of them are wanted."""
 
@@ -88,6 +95,7 @@ class Client:
         """Body of the newest answer, byte for byte, for programs that want all that the API said."""
         self._sleep = sleep
         self._clock = clock
+        self._timeout = timeout
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {api_key}", "User-Agent": f"lockstep/{__version__}"},
             transport=transport,
@@ -123,20 +131,29 @@ class Client:
 
     def list(
         self,
-        state: JobState | str | None = None,
+        state: JobState | str | Iterable[JobState | str] | None = None,
         name: str | None = None,
         limit: int = 50,
         cursor: str | None = None,
+        label: str | Iterable[str] | None = None,
     ) -> Page[Job]:
-        """Return one page of jobs, newest first."""
-        params = {"state": state, "name": name, "limit": limit, "cursor": cursor}
+        """Return one page of jobs, newest first: those in any of the states that have all of the labels.
+
+        A label is `key=value`, or `key` for any value.
+        """
+        params = {"state": _all(state), "name": name, "limit": limit, "cursor": cursor, "label": _all(label)}
         return self._ask(_JOBS, "GET", "/v1/jobs", params=params)
 
-    def iter_jobs(self, state: JobState | str | None = None, name: str | None = None) -> Iterator[Job]:
-        """Yield all jobs, newest first, asking for further pages as needed."""
-        cursor = None
+    def iter_jobs(
+        self,
+        state: JobState | str | Iterable[JobState | str] | None = None,
+        name: str | None = None,
+        label: str | Iterable[str] | None = None,
+    ) -> Iterator[Job]:
+        """Yield all jobs that `list` would, newest first, asking for further pages as needed."""
+        states, labels, cursor = _all(state), _all(label), None
         while True:
-            page = self.list(state, name, PAGE, cursor)
+            page = self.list(states, name, PAGE, cursor, labels)
             yield from page.items
             if not (cursor := page.next_cursor):
                 return
@@ -168,6 +185,22 @@ class Client:
     def checkpoints(self, job_id: str) -> Page[Checkpoint]:
         return self._ask(_CHECKPOINTS, "GET", _path(job_id, "checkpoints"))
 
+    def download(self, job_id: str, step: int, name: ModelFile, to: Path, progress: ShowProgress | None = None) -> None:
+        """Write one file of a checkpoint to the path `to`, replacing what is there once all of it has come.
+
+        Raises NotFound, SaveError if it cannot be written, and Unreachable if it breaks off, which a file does whose
+        checkpoint is damaged.
+        """
+        path = _path(job_id, "checkpoints", str(step), "files", name)
+        try:
+            with self._http.stream("GET", self.url + path, headers={"Accept-Encoding": "identity"}) as response:
+                if not response.is_success:
+                    response.read()
+                    self._refuse(response)
+                save(response, to, progress)
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
+            raise self._no_answer(error) from error
+
     def delete_checkpoint(self, job_id: str, step: int) -> None:
         """Delete one checkpoint. Raises Conflict while something needs it."""
         self._call("DELETE", _path(job_id, "checkpoints", str(step)), patience=0)
@@ -187,7 +220,7 @@ class Client:
         """Yield an update every `poll_seconds` until the job has ended; the last one holds its end.
 
         A control plane that is away is waited for up to `patience` seconds (the job does not need it), then
-        Unreachable is raised.
+        Unreachable is raised. It polls, and opens no live stream: progress is part of the job, not an event.
         """
         after = 0
         while True:
@@ -200,23 +233,47 @@ class Client:
                 return
             self._sleep(poll_seconds)
 
-    def tail(
+    def tail(self, job_id: str, rank: int | None = None, *, patience: float = PATIENCE_SECONDS) -> Iterator[LogLine]:
+        """Yield the log lines that exist, then new ones, until the job has ended. Raises as `follow` does."""
+        return self.stream_logs(job_id, rank, patience=patience)
+
+    def stream_events(
+        self, job_id: str, last_id: str | None = None, *, patience: float = PATIENCE_SECONDS
+    ) -> Stream[Event]:
+        """Yield the events that exist, then new ones, until the job has ended.
+
+        `last_id`: begin after it; it is the `last_id` of an earlier stream. Raises Unreachable when the control
+        plane is away for longer than `patience` seconds, NotFound when the job is, InvalidData when what is stored
+        is damaged.
+        """
+        return self._stream(_path(job_id, "events"), EVENT_KINDS, last_id, patience)
+
+    def stream_metrics(
+        self,
+        job_id: str,
+        keys: Iterable[str] | None = None,
+        from_step: int = 0,
+        last_id: str | None = None,
+        *,
+        patience: float = PATIENCE_SECONDS,
+    ) -> Stream[MetricPoint | Rewind]:
+        """Yield the points that exist, then new ones, until the job has ended. Otherwise as `stream_events`.
+
+        A Rewind says beyond which step to forget the points so far; what is left then always equals `metrics`.
+        """
+        params = {"keys": None if keys is None else ",".join(keys), "from_step": from_step}
+        return self._stream(_path(job_id, "metrics"), METRIC_KINDS, last_id, patience, params)
+
+    def stream_logs(
         self,
         job_id: str,
         rank: int | None = None,
-        poll_seconds: float = 1.0,
+        last_id: str | None = None,
         *,
         patience: float = PATIENCE_SECONDS,
-    ) -> Iterator[LogLine]:
-        """Yield the log lines that exist, then new ones, until the job has ended. Raises as `follow` does."""
-        seen: dict[tuple[str, int], int] = {}
-        cursor: str | None = None
-        while True:
-            job = self._wait_for(_JOB, _path(job_id), patience)
-            cursor = yield from self._new_lines(job_id, rank, cursor, seen, patience)
-            if job.state.ended:
-                return
-            self._sleep(poll_seconds)
+    ) -> Stream[LogLine]:
+        """Yield the log lines that exist, then new ones, until the job has ended. Otherwise as `stream_events`."""
+        return self._stream(_path(job_id, "logs"), LOG_KINDS, last_id, patience, {"rank": rank})
 
     def _new_events(self, job_id: str, after: int, patience: float) -> Iterator[Event]:
         while True:
@@ -226,27 +283,37 @@ class Client:
                 return
             after = page.items[-1].seq
 
-    def _new_lines(
+    def _stream(
         self,
-        job_id: str,
-        rank: int | None,
-        cursor: str | None,
-        seen: dict[tuple[str, int], int],
+        path: str,
+        kinds: Kinds[T],
+        last_id: str | None,
         patience: float,
-    ) -> Generator[LogLine, None, str | None]:
-        """Yield lines beyond those in `seen`, adding them there; return the cursor of the last page.
+        params: Mapping[str, Any] | None = None,
+    ) -> Stream[T]:
+        def connect(since: str | None) -> AbstractContextManager[Iterator[bytes]]:
+            return self._open(path, params or {}, since)
 
-        That page is read again next time, until it has a successor, so most of it is known by then.
-        """
-        while True:
-            page = self._wait_for(_LOGS, _path(job_id, "logs"), patience, params={"rank": rank, "cursor": cursor})
-            for line in page.items:
-                if line.line > seen.get((line.segment, line.rank), -1):
-                    seen[line.segment, line.rank] = line.line
-                    yield line
-            if not page.next_cursor:
-                return cursor
-            cursor = page.next_cursor
+        return Stream(connect, kinds, last_id, patience, self._sleep, self._clock)
+
+    @contextmanager
+    def _open(self, path: str, params: Mapping[str, Any], last_id: str | None) -> Iterator[Iterator[bytes]]:
+        """Ask for a stream and give its bytes. Raises what `_call` does, and Unreachable when it breaks."""
+        given = {key: value for key, value in params.items() if value is not None}
+        headers = {"Accept": MEDIA_TYPE} | ({} if last_id is None else {"Last-Event-ID": last_id})
+        timeout = httpx2.Timeout(self._timeout, read=max(self._timeout, SILENCE_SECONDS))
+        try:
+            with self._http.stream("GET", self.url + path, params=given, headers=headers, timeout=timeout) as response:
+                if not response.is_success:
+                    response.read()
+                    self._refuse(response)
+                if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+                    raise InvalidData(
+                        f"{response.url} answered with no live stream. Is the server as new as the client?"
+                    )
+                yield response.iter_bytes()
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
+            raise self._no_answer(error) from error
 
     def _wait_for(self, answer: TypeAdapter[T], path: str, patience: float, **request: Any) -> T:
         try:
@@ -298,12 +365,15 @@ class Client:
                 method, self.url + path, params=given, content=body, headers={**kind, **(headers or {})}
             )
         except (httpx2.RequestError, httpx2.InvalidURL) as error:
-            raise Unreachable(
-                f"No answer from {self.url} ({str(error) or type(error).__name__}). Start the control plane "
-                "with `make up` or `lockstep-server up`, or set LOCKSTEP_URL to where it runs."
-            ) from error
+            raise self._no_answer(error) from error
         self.last_answer = response.content
         return response
+
+    def _no_answer(self, error: Exception) -> Unreachable:
+        return Unreachable(
+            f"No answer from {self.url} ({str(error) or type(error).__name__}). Start the control plane "
+            "with `make up` or `lockstep-server up`, or set LOCKSTEP_URL to where it runs."
+        )
 
     def _read(self, answer: TypeAdapter[T], response: httpx2.Response) -> T:
         try:
@@ -337,10 +407,16 @@ def _path(job_id: str, *rest: str) -> str:
     return "/".join(["/v1/jobs", quote(job_id, safe=""), *rest])
 
 
+def _all(values: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return none, one or many as a tuple; text is one."""
+    return () if values is None else (values,) if isinstance(values, str) else tuple(values)
+
+
 def _json(spec: Spec) -> bytes:
     if isinstance(spec, BaseModel):
         return spec.model_dump_json().encode()
     try:
         return json.dumps(spec, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidSpec(f"The spec holds something that JSON does not have: {error}") from error
+        fault = beyond_json(spec) or Fault(path="$", message=str(error))
+        raise InvalidSpec(f"{fault.path}: {fault.message}", errors=[fault]) from error

@@ -33,28 +33,46 @@ class ShardDocument(Document):
     size: int
     """Bytes, header included."""
     tokens: int
-    blocks: list[Sha256]
-    """sha256 of each 4 MiB block of the file, in order; the last block may be short."""
+    blocks: list[Sha256] | None
+    """sha256 of each 4 MiB block of the file, in order; the last block may be short. Null for a bare shard, whose
+    blocks are recorded when they are first read (BlockDocument)."""
 
 
 class SplitDocument(Document):
-    documents: int
+    documents: int | None
+    """Null for bare shards, as is `text_bytes`: they are tokens and nothing else."""
     tokens: int
-    text_bytes: int
+    text_bytes: int | None
     shards: list[ShardDocument]
 
 
 class DatasetDocument(Document):
-    """`dataset.json`: everything that a reader must know about a dataset, and every hash of its bytes."""
+    """`dataset.json`: everything that a reader must know about a dataset, and every hash of its bytes.
+
+    A folder of bare shards has no such object; it is described from its listing and headers (api/datasets.py).
+    """
 
     name: str
     version: str
-    tokenizer: Literal["bpe", "characters"]
+    tokenizer: Literal["bpe", "characters", "none"]
+    """`none` for bare shards: who made them knows, the folder does not."""
+    tokenizer_sha256: Sha256 | None = None
+    """Of `tokenizer.json`. Null where there is none, and in documents of before it was recorded."""
     vocab_size: int
     dtype: Literal["uint16", "uint32"]
     splits: dict[str, SplitDocument]
-    unigram_loss: float
-    """Cross-entropy (nats/token) of the eval split under the train split's smoothed token frequencies."""
+    unigram_loss: float | None
+    """Cross-entropy (nats/token) of the eval split under the train split's smoothed token frequencies; null for bare
+    shards, which nobody has counted."""
+    created_at: datetime
+
+
+class BlockDocument(Document):
+    """The record of a block of a bare shard, left by whoever read it first; its key holds the sha256 as well."""
+
+    shard: str
+    index: int
+    sha256: Sha256
     created_at: datetime
 
 
@@ -101,7 +119,8 @@ class Fingerprint(Document):
     threads: int
     compile: bool
     precision: str
-    world_size: int
+    world_size: int | None
+    """Null for an elastic run, whose bits do not depend on it."""
 
 
 class SegmentDocument(Document):
@@ -126,6 +145,9 @@ class Receipt(Document):
     name: str
     size: int
     sha256: Sha256
+    tensors: dict[str, Sha256] = Field(default_factory=dict)
+    """sha256 of the bytes of each of the part's `model.*` tensors, by name, so that the model can be handed out piece
+    by piece and still be verified; empty in receipts of before they were recorded."""
 
 
 class Manifest(Document):

@@ -13,12 +13,15 @@ LockstepError
 │   ├── ObjectMissing           no such object
 │   ├── StorageDenied           credentials or policy refused
 │   └── StorageUnavailable      no answer, or only errors, after the retries
-└── InvalidData                 bytes that are not what their hash, header or schema says
+├── InvalidData                 bytes that are not what their hash, header or schema says
+└── Unsupported                 what a spec asks for and the machine cannot do
 """
 
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from .fields import advice
 
 
 class LockstepError(Exception):
@@ -157,6 +160,10 @@ class InvalidData(LockstepError):
     """Bytes are not what their hash, their header or their schema says."""
 
 
+class Unsupported(LockstepError):
+    """A spec asks for something that this machine cannot do."""
+
+
 def faults_of(errors: list[Any]) -> list[Fault]:
     """Translate pydantic's error list: JSON paths without union tags, one plain sentence each."""
     faults = []
@@ -183,13 +190,15 @@ def _json_path(loc: tuple[int | str, ...]) -> str:
 def _sentence(error: Any) -> str:
     match error["type"]:
         case "extra_forbidden":
-            return "unknown field; see the job spec in the API docs for those that exist"
+            return f"unknown field; {advice(error['loc'])}"
         case "missing":
             return "this field is required"
         case "value_error":
             return str(error["msg"]).removeprefix("Value error, ")
         case "string_pattern_mismatch" if error["loc"][-1] == "job_id":
             return f"{str(error['input'])[:60]!r} is not a job's id; `lockstep list` shows the ids"
+        case "string_pattern_mismatch" if error["loc"][:2] == ("query", "label"):
+            return f"{str(error['input'])[:60]!r} is no label; write `key=value`, or `key` alone for any value"
         case "string_pattern_mismatch" if error["loc"][-1] in ("name", "dataset", "folder"):
             return f"{str(error['input'])[:60]!r} is not allowed here; use small letters, digits and dashes"
         case "string_pattern_mismatch":

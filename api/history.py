@@ -4,8 +4,8 @@ Workers use it to find where to resume, the control plane to read metrics and ch
 so a zombie's writes past the point where the history left its segment are seen by nobody.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from .documents import CheckpointRef, SegmentDocument
 from .layout import SegmentId
@@ -44,3 +44,61 @@ def history(segments: Iterable[SegmentDocument], end: CheckpointRef | None = Non
         spans.append(Span(last.segment, origin.step if origin else 0, limit))
         last, limit = (by_id.get(origin.segment), origin.step) if origin else (None, None)
     return spans[::-1]
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a reader has come: it has all up to `step` along the path that ends in `segment`."""
+
+    segment: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a reader gets from its position to the end of the present history."""
+
+    position: Position | None
+    """Where the reader stands before it reads on; None if it has nothing."""
+    rewinds: bool
+    """Whether it must forget what it has beyond that."""
+    spans: list[Span]
+    """What it reads next, oldest first."""
+    stays: bool
+    """Whether the first span is in the reader's own segment and goes on after the lines that it has read."""
+
+
+def route(segments: Iterable[SegmentDocument], end: CheckpointRef | None, position: Position | None) -> Route:
+    """Return how to go on from a position (None: from nothing), whatever the history has become since.
+
+    Pointers never change, so the reader's path and the present history share their first segments. They part in
+    the last one that they share, where the earlier of the two leaves it; what the reader has beyond that is no
+    longer part of the history, or never was. The steps of a segment's lines never go down.
+    """
+    known = list(segments)
+    present = history(known, end)
+    if position is None:
+        return Route(None, False, present, False)
+    path = history(known, CheckpointRef(segment=position.segment, step=position.step))
+    common = _common(path, present)
+    if not common:
+        return Route(None, position.step > 0, present, False)
+    shared = present[common - 1]
+    here = common == len(path)
+    left_at = position.step if here else path[common].start
+    parting = left_at if shared.end is None else min(left_at, shared.end)
+    rewinds = position.step > parting
+    if here and not rewinds:
+        return Route(position, False, present[common - 1 :], True)
+    rest = replace(shared, start=parting)
+    # Going on in the middle of a span that ends right there would be to read nothing.
+    spans = present[common:] if rest.start == rest.end else [rest, *present[common:]]
+    return Route(Position(shared.segment, parting), rewinds, spans, False)
+
+
+def _common(one: Sequence[Span], other: Sequence[Span]) -> int:
+    """Return how many segments the two share from the start."""
+    count = 0
+    while count < min(len(one), len(other)) and one[count].segment == other[count].segment:
+        count += 1
+    return count

@@ -42,6 +42,7 @@ class Reason(StrEnum):
     INVALID_DATA = "invalid_data"
     NON_FINITE_LOSS = "non_finite_loss"
     OUT_OF_MEMORY = "out_of_memory"
+    UNSUPPORTED = "unsupported"
     STORAGE_UNAVAILABLE = "storage_unavailable"
     WORKER_LOST = "worker_lost"
     RAY_LOST = "ray_lost"
@@ -118,8 +119,32 @@ class MetricPoint(Answer):
     step: int
     at: datetime
     values: dict[str, float]
-    """loss and eval_loss in nats per token; tokens_per_second over all workers; data_wait and checkpoint_stall as
-    fractions of the time since the line before; memory_bytes of rank 0."""
+    """loss and eval_loss in nats per token; tokens_per_second and model_flops_per_second over all workers, utilisation
+    as their fraction of the peak measured at the start; data_wait and checkpoint_stall as fractions of the time since
+    the line before; memory_bytes, the most that rank 0 has had so far."""
+
+
+class Rewind(Answer):
+    """In a live stream of metrics: the run went back to a checkpoint."""
+
+    step: int
+    """Forget the points beyond this step: others follow in their place."""
+    segment: str | None
+    """The segment that goes on from there; null if none does."""
+
+
+class StreamEnd(Answer):
+    """The last message of a live stream: how the job ended."""
+
+    state: JobState
+    reason: Reason | None
+    message: str
+
+
+class StreamError(Answer):
+    """The last message of a live stream that cannot go on, since what is stored cannot be read."""
+
+    detail: str
 
 
 class Checkpoint(Answer):
@@ -132,6 +157,10 @@ class Checkpoint(Answer):
     parts: int
     metrics: dict[str, float]
     created_at: datetime
+
+
+ModelFile = Literal["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+"""A file that a checkpoint can be downloaded as; together they are a folder that other libraries load."""
 
 
 class LogLine(Answer):
@@ -154,13 +183,26 @@ class MemoryPlan(Answer):
     gradients: int
     optimizer: int
     ddp_buckets: int
+    """What data parallelism holds beside the gradients."""
+    partial_sums: int = 0
+    """Sums of gradients that `determinism: elastic` keeps."""
+    activations: int = 0
+    """What one micro-batch adds at its peak; an estimate."""
+    data: int = 0
+    """Batches read ahead."""
     snapshot: int
-    """The largest part of a checkpoint while it is written, twice: tensors and their serialised form."""
+    """The largest part of a checkpoint while it is written, thrice: the tensors, and their bytes in two copies."""
 
     @property
     def certain(self) -> int:
         """What no setting can avoid: weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """What is expected at the peak, beside what Python and its libraries take."""
+        parts = self.ddp_buckets + self.partial_sums + self.activations + self.data + self.snapshot
+        return self.certain + parts
 
 
 class TrainPlan(Answer):

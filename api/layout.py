@@ -8,6 +8,9 @@ from dataclasses import dataclass
 PROJECT = "default"
 """The one project that exists until projects do."""
 
+BARE = "bare-"
+"""How the version of a folder of bare token shards begins. Prepared versions are job ids, so none of them does."""
+
 
 @dataclass(frozen=True, order=True)
 class SegmentId:
@@ -33,7 +36,11 @@ def upload_prefix(project: str, folder: str) -> str:
 
 @dataclass(frozen=True)
 class DatasetLayout:
-    """Objects of one version of a dataset; `dataset.json` is written last, so without it there is no dataset."""
+    """Objects of one version of a dataset; `dataset.json` is written last, so without it there is no dataset.
+
+    A version whose name begins with `bare-` is a folder of token shards that somebody put there: the shards lie
+    directly below the dataset's name, and the version's own prefix holds nothing but the records of their blocks.
+    """
 
     project: str
     name: str
@@ -51,8 +58,24 @@ class DatasetLayout:
     def tokenizer(self) -> str:
         return f"{self.prefix}tokenizer.json"
 
+    @property
+    def is_bare(self) -> bool:
+        return self.version.startswith(BARE)
+
     def shard(self, split: str, index: int) -> str:
         return f"{self.prefix}{split}/shard-{index:05d}.bin"
+
+    def shard_file(self, split: str, file: str) -> str:
+        """The key of a shard by its file name."""
+        return (
+            f"{dataset_versions_prefix(self.project, self.name)}{file}"
+            if self.is_bare
+            else f"{self.prefix}{split}/{file}"
+        )
+
+    def block_records(self, file: str) -> str:
+        """The prefix of the records of a bare shard's blocks, each at `<index>/<sha256>.json` below it."""
+        return f"{self.prefix}blocks/{file}/"
 
 
 def dataset_versions_prefix(project: str, name: str) -> str:

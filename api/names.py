@@ -7,12 +7,10 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
+NAME = re.compile(r"^[a-z0-9](?:[a-z0-9-]*[a-z0-9])?$")
 #: Lower-case letters, digits and dashes, 1 to 47 characters: safe as a bucket key segment, in a URL and as
 #: a Kubernetes object name (KubeRay allows 47). No dot, no slash, no control character can get in.
-Name = Annotated[
-    str,
-    StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]*[a-z0-9])?$", min_length=1, max_length=47),
-]
+Name = Annotated[str, StringConstraints(pattern=NAME.pattern, min_length=1, max_length=47)]
 
 #: A dataset by name (its newest version) or pinned, `name@version`.
 DatasetRef = Annotated[
@@ -23,6 +21,9 @@ DatasetRef = Annotated[
         max_length=95,
     ),
 ]
+
+END_OF_TEXT = "<|endoftext|>"
+"""The token that ends a document, where a tokenizer of ours has one."""
 
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 JOB_ID = re.compile(r"^job-[0-9a-hjkmnp-tv-z]{20}$")
@@ -36,6 +37,15 @@ def new_job_id() -> str:
     millis = time.time_ns() // 1_000_000
     clock = "".join(_CROCKFORD[(millis >> shift) & 31] for shift in range(45, -1, -5))
     return f"job-{clock}{''.join(secrets.choice(_CROCKFORD) for _ in range(10))}"
+
+
+def first_id_after(beginning: str) -> str | None:
+    """Return the lowest id above all that begin so; None if there is none, or if no id begins so."""
+    stem = beginning.removeprefix("job-").rstrip(_CROCKFORD[-1])
+    if not JOB_ID.fullmatch(f"job-{stem:0<20}") or not stem:
+        return None
+    last = _CROCKFORD[_CROCKFORD.index(stem[-1]) + 1]
+    return f"job-{stem[:-1] + last:0<20}"
 
 
 def submission_id(job_id: str, attempt: int) -> str:

@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .client import Update
-from .jobs import Checkpoint, Event, Job, JobState, MetricPoint, PreparePlan, TrainPlan
+from .jobs import Checkpoint, Event, Job, JobState, MetricPoint, PreparePlan, Rewind, TrainPlan
 from .spec import PrepareSpec, TrainSpec
 
 QUIET_SECONDS = 15.0
@@ -51,6 +51,19 @@ _HEADINGS = {
     "checkpoint_stall": "stall",
     "memory_bytes": "memory",
 }
+_MEMORY = (
+    ("weights", "weights", ""),
+    ("gradients", "gradients", ""),
+    ("optimizer", "optimizer", ""),
+    ("certain", "at least", "bold"),
+    ("ddp_buckets", "DDP buckets", ""),
+    ("partial_sums", "partial sums", ""),
+    ("activations", "activations", ""),
+    ("data", "data read ahead", ""),
+    ("snapshot", "snapshot", ""),
+    ("total", "expected", "bold"),
+)
+"""The parts of a memory plan, with what each is called."""
 _USUAL_KEYS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "eval_loss", "eval_perplexity")
 
 
@@ -104,10 +117,12 @@ def figure(key: str, value: float | None) -> str:
 
 
 def job_table(jobs: Sequence[Job], now: datetime) -> Table:
-    """One line for each job; ids are always whole."""
-    # Only the name's column may be narrowed.
+    """One line for each job, with its labels if any job of these has some; ids are always whole."""
+    # Only the name's column may be narrowed; labels are cut to the room that is left.
     identity = Column("ID", no_wrap=True), Column("NAME"), Column("STATE", no_wrap=True)
-    table = _table(*identity, *map(_right, ("DONE", "LOSS", "AGE")))
+    labelled = [Column("LABELS", no_wrap=True, ratio=1)] if any(job.labels for job in jobs) else []
+    table = _table(*identity, *map(_right, ("DONE", "LOSS", "AGE")), *labelled)
+    table.expand = bool(labelled)
     for job in jobs:
         table.add_row(
             _text(job.id, "dim" if job.state.ended else ""),
@@ -116,6 +131,7 @@ def job_table(jobs: Sequence[Job], now: datetime) -> Table:
             _text(_percent(job)),
             _text(figure("loss", job.progress.values.get("loss"))),
             _text(duration((now - job.created_at).total_seconds()), "dim"),
+            *([_text(_labels(job), "dim")] if labelled else []),
         )
     return table
 
@@ -184,6 +200,16 @@ def metrics_table(points: Sequence[MetricPoint], keys: Sequence[str] | None = No
     return Group(*(part for table in tables for part in (Text(), table))) if len(tables) > 1 else tables[0]
 
 
+def metric_line(point: MetricPoint, keys: Sequence[str] | None = None) -> Text:
+    """One point on one line; `keys` chooses the figures, else the usual ones that it has."""
+    figures = [f"{_heading(k)} {figure(k, point.values[k])}" for k in keys or _USUAL_KEYS if k in point.values]
+    return _text("  ".join([f"step {point.step:,}", *figures]))
+
+
+def rewind_line(rewind: Rewind) -> Text:
+    return _text(f"back to step {rewind.step:,}: the points after it are void, others follow", "yellow")
+
+
 def _metrics(points: Sequence[MetricPoint], keys: Sequence[str]) -> Table:
     table = _table(_right("STEP"), *(_right(_heading(key).upper()) for key in keys))
     for point in points:
@@ -224,7 +250,7 @@ def watch(
             job = update.job
             show_progress(job)
             for event in update.events:
-                console.print(_event_row(event) if live else _event_line(event), soft_wrap=not live)
+                console.print(_event_row(event) if live else event_line(event), soft_wrap=not live)
     if with_result and job and job.result:
         console.print(Group(Text(), result(job.result)))
     return job
@@ -281,7 +307,8 @@ def _event_row(event: Event) -> Table:
     return row
 
 
-def _event_line(event: Event) -> Text:
+def event_line(event: Event) -> Text:
+    """One event on one line."""
     return _text(f"{event.at.astimezone():%H:%M:%S}  {_event_type(event).plain:10}  {event.message}")
 
 
@@ -297,16 +324,45 @@ def _add_training(grid: Table, plan: TrainPlan) -> None:
         devices = f"{resources.cpus} CPU" + (f", {resources.gpus} GPU" if resources.gpus else "")
         grid.add_row("Workers", _text(f"{resources.workers} × {devices}"))
         grid.add_row("Dataset", _text(f"{plan.spec.data.dataset.partition('@')[0]}@{plan.dataset_version}"))
+        grid.add_row("Arithmetic", _text(_arithmetic(plan.spec)))
+        grid.add_row("Schedule", _text(_schedule(plan.spec)))
     grid.add_row("Parameters", _text(f"{plan.parameters:,}"))
     grid.add_row("Steps", _text(f"{plan.steps:,} of {plan.tokens_per_step:,} tokens"))
     grid.add_row("Tokens", _text(f"{plan.tokens:,} ({plan.epochs:.3g} epochs)"))
-    grid.add_row("Checkpoint", _text(size(plan.checkpoint_size)))
+    kept = _kept(plan.spec) if isinstance(plan.spec, TrainSpec) else ""
+    grid.add_row("Checkpoint", _text(f"{size(plan.checkpoint_size)}{kept}"))
     parts = Table.grid(Column(), Column(justify="right"), padding=(0, 2, 0, 0))
-    for name in ("weights", "gradients", "optimizer", "certain", "ddp_buckets", "snapshot"):
-        label, style = ("at least", "bold") if name == "certain" else (name.replace("_", " "), "")
-        parts.add_row(_text(label, style), _text(size(getattr(memory, name)), style))
-    grid.add_row("Memory", _text("on each worker, without activations", "dim"))
+    for name, label, style in _MEMORY:
+        if count := getattr(memory, name):
+            parts.add_row(_text(label, style), _text(size(count), style))
+    grid.add_row("Memory", _text("on each worker, beside Python and its libraries", "dim"))
     grid.add_row("", parts)
+
+
+def _arithmetic(spec: TrainSpec) -> str:
+    return ", ".join(
+        [
+            spec.precision,
+            *(["compiled"] if spec.compile else []),
+            *(["the same bits at every power of two of workers"] if spec.determinism == "elastic" else []),
+        ]
+    )
+
+
+def _schedule(spec: TrainSpec) -> str:
+    schedule, peak = spec.schedule, f"{spec.optimizer.learning_rate:g}"
+    if schedule.floor is None:
+        return f"{schedule.type} at {peak}"
+    tail = f" in the last {schedule.decay_fraction:.0%} of the run" if schedule.decay_fraction is not None else ""
+    return f"{schedule.type}, from {peak} to {schedule.floor:.0%} of it{tail}"
+
+
+def _kept(spec: TrainSpec) -> str:
+    """Return when a checkpoint is written and which ones stay."""
+    last, best = spec.checkpoint.keep_last, spec.checkpoint.keep_best
+    wanted = [f"the last {last or 1}", *([f"the best {best}"] if best else [])]
+    stay = f"; {' and '.join(wanted)} stay" if last or best else ""
+    return f", every {spec.checkpoint.every:,} steps{stay}"
 
 
 def _origin(job: Job) -> dict[str, str]:
@@ -319,8 +375,12 @@ def _origin(job: Job) -> dict[str, str]:
         "Owner": f"{job.owner} in {job.project}",
     }
     if job.labels:
-        rows["Labels"] = ", ".join(f"{key}={value}" for key, value in job.labels.items())
+        rows["Labels"] = _labels(job)
     return rows
+
+
+def _labels(job: Job) -> str:
+    return ", ".join(f"{key}={value}" for key, value in job.labels.items())
 
 
 def _progress(job: Job) -> RenderableType:

@@ -24,8 +24,12 @@ from pydantic import (
 
 from .names import DatasetRef, Name
 
-LabelKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?$")]
-LabelValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]?[A-Za-z0-9._ -]{0,62}$", max_length=63)]
+_KEY = r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?"
+_VALUE = r"[A-Za-z0-9]?[A-Za-z0-9._ -]{0,62}"
+LabelKey = Annotated[str, StringConstraints(pattern=f"^{_KEY}$")]
+LabelValue = Annotated[str, StringConstraints(pattern=f"^{_VALUE}$", max_length=63)]
+#: What jobs are listed by: `key=value`, or `key` alone for any value.
+LabelFilter = Annotated[str, StringConstraints(pattern=f"^{_KEY}(={_VALUE})?$")]
 Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=16)]
 
 #: layers, width, heads: `model.size` names one of these rows; any field given beside it wins.
@@ -47,18 +51,25 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-def _not_yet(what: str) -> ValueError:
-    return ValueError(f"{what} is not available in this version; leave it out")
+Precision = Literal["fp32", "bf16"]
 
 
 class DataSpec(Strict):
     dataset: DatasetRef
-    """Name of a prepared dataset; `name@version` pins a version, a bare name means its newest one."""
+    """Name of a prepared dataset; `name@version` pins a version, a bare name means its newest one. A folder of token
+    shards in llm.c's format works as it is: its splits are the files named `*train*` and `*val*`."""
     sequence_length: int = Field(default=256, ge=8, le=131_072)
     """Tokens in one training sequence, T. Sample i of a shard is its tokens [iT, iT+T]."""
 
 
+def _size_or_shape(schema: dict[str, Any]) -> None:
+    """Let the JSON schema say that `layers` and `width` are needed only where no `size` gives them."""
+    del schema["required"]
+    schema["anyOf"] = [{"required": ["size"]}, {"required": ["layers", "width"]}]
+
+
 class ModelSpec(Strict):
+    model_config = ConfigDict(json_schema_extra=_size_or_shape)
     family: Literal["decoder"] = "decoder"
     """Architecture: a causal Transformer decoder."""
     size: Literal["1m", "3m", "10m", "25m", "124m", "350m", "774m", "1.5b"] | None = None
@@ -72,7 +83,8 @@ class ModelSpec(Strict):
     kv_heads: int = Field(default_factory=lambda d: d["heads"], ge=1, le=1024)
     """Key and value heads; must divide `heads`. Default: as many as `heads`."""
     vocab_size: int | None = Field(default=None, ge=2, le=2**31 - 1)
-    """Tokens in the vocabulary. Default: the dataset's; a different number is refused."""
+    """Tokens in the vocabulary. Default: the dataset's; a different number is refused. A directory of bare token
+    shards does not know its own, so there it must be given."""
     positions: Literal["rotary", "learned"] = "rotary"
     """How a token's place enters: rotary embedding, or a learned vector for each place."""
     norm: Literal["rms", "layer"] = "rms"
@@ -91,8 +103,9 @@ class ModelSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _expand_size(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("size") in SIZES:
-            layers, width, heads = SIZES[data["size"]]
+        size = data.get("size") if isinstance(data, Mapping) else None
+        if isinstance(size, str) and size in SIZES:
+            layers, width, heads = SIZES[size]
             preset = {"layers": layers, "width": width}
             # A width of one's own brings its own default for the heads.
             if "width" not in data:
@@ -147,12 +160,30 @@ class OptimizerSpec(Strict):
 
 
 class ScheduleSpec(Strict):
-    type: Literal["constant", "cosine"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    type: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up. `linear` and `cosine` fall to the floor at the last step;
+    `inverse_sqrt` falls with 1/√step and never below the floor; `wsd` (warm-up, stable, decay) stays at the peak and
+    falls linearly to the floor in the last part of the run."""
     warmup_steps: int | None = Field(default=None, ge=0, le=10**9)
     """Steps of linear warm-up from zero. Default: a tenth of the run, at most 100."""
-    floor: float = Field(default=0.1, ge=0, le=1)
-    """Where the decay ends, as a fraction of the peak."""
+    floor: float | None = Field(default=None, ge=0, le=1)
+    """Where the decay ends, as a fraction of the peak. Default: 0.1; `constant` has none."""
+    decay_fraction: float | None = Field(default=None, gt=0, le=1)
+    """The last part of the run, as a fraction of all its steps, in which the rate of `wsd` falls. Default: 0.2; the
+    other schedules have none."""
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> "ScheduleSpec":
+        """Give the chosen shape its defaults; refuse what it would ignore."""
+        if self.type == "constant" and self.floor is not None:
+            raise ValueError("a constant schedule has no floor; leave it out")
+        if self.type != "wsd" and self.decay_fraction is not None:
+            raise ValueError(f"decay_fraction belongs to the wsd schedule; {self.type} has none")
+        if self.type != "constant" and self.floor is None:
+            self.floor = 0.1
+        if self.type == "wsd" and self.decay_fraction is None:
+            self.decay_fraction = 0.2
+        return self
 
 
 class BatchSpec(Strict):
@@ -164,10 +195,11 @@ class BatchSpec(Strict):
 
 
 class ClipSpec(Strict):
-    type: Literal["norm"] = "norm"
-    """Scale all gradients together so that their Euclidean norm is at most `threshold`."""
+    type: Literal["norm", "infinity_norm", "value"] = "norm"
+    """`norm`: scale all gradients together so that their Euclidean norm is at most `threshold`. `infinity_norm`: the
+    same with the largest absolute value. `value`: clamp each gradient on its own into [-threshold, threshold]."""
     threshold: float = Field(default=1.0, gt=0, le=1e9)
-    """Largest global gradient norm."""
+    """Largest norm, or largest absolute value."""
 
 
 class EvaluateSpec(Strict):
@@ -180,17 +212,11 @@ class EvaluateSpec(Strict):
 class CheckpointSpec(Strict):
     every: int = Field(default=200, ge=1, le=10**9)
     """Steps between checkpoints; one more follows the last step."""
-    keep_last: int | None = Field(default=None, ge=1)
-    """Newest checkpoints to keep; null keeps all."""
-    keep_best: int | None = Field(default=None, ge=1)
-    """Checkpoints of lowest eval loss to keep; null keeps all."""
-
-    @field_validator("keep_last", "keep_best")
-    @classmethod
-    def _no_retention_yet(cls, value: int | None) -> int | None:
-        if value is not None:
-            raise _not_yet("checkpoint retention")
-        return value
+    keep_last: int | None = Field(default=None, ge=1, le=10**6)
+    """Newest checkpoints to keep. Null keeps all, or with `keep_best` the newest one only. The others go after a grace,
+    15 minutes unless the operator says otherwise."""
+    keep_best: int | None = Field(default=None, ge=1, le=10**6)
+    """Checkpoints of lowest eval loss to keep beside those; needs `every` to be a multiple of `evaluate.every`."""
 
 
 class SampleSpec(Strict):
@@ -251,7 +277,7 @@ class TrainSpec(_JobSpecBase):
     """Passes over the training split."""
     clip: ClipSpec | None = Field(default_factory=ClipSpec)
     """Gradient clipping; null switches it off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of forward and backward; weights and optimizer state stay in fp32."""
     compile: bool = False
     """Run the model through torch.compile."""
@@ -263,46 +289,54 @@ class TrainSpec(_JobSpecBase):
     """Text generated by the finished model; null generates none."""
     resources: ResourceSpec = Field(default_factory=ResourceSpec)
     determinism: Literal["default", "elastic"] = "default"
-    """`default`: bit-identical at the same world size and hardware. `elastic`: at any power of two."""
-
-    @field_validator("precision")
-    @classmethod
-    def _fp32_only(cls, value: str) -> str:
-        if value != "fp32":
-            raise _not_yet(f"precision {value}")
-        return value
-
-    @field_validator("compile")
-    @classmethod
-    def _no_compile_yet(cls, value: bool) -> bool:
-        if value:
-            raise _not_yet("compile")
-        return value
-
-    @field_validator("determinism")
-    @classmethod
-    def _no_elastic_yet(cls, value: str) -> str:
-        if value != "default":
-            raise _not_yet(f"determinism {value}")
-        return value
+    """`default`: bit-identical at the same world size and hardware. `elastic`: at any power of two of workers, at the
+    cost of overlap between computing and communicating; micro-batches must be a power of two too."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSpec":
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps or epochs, not both (got {self.steps} and {self.epochs})")
+        self._check_retention()
+        if self.determinism == "elastic":
+            self._check_elastic()
         self.batch.micro_size = self._checked_micro_size()
         return self
+
+    def _check_retention(self) -> None:
+        if self.checkpoint.keep_best is not None and self.checkpoint.every % self.evaluate.every:
+            raise ValueError(
+                f"checkpoint.keep_best needs an evaluation at every checkpoint, but checkpoint.every "
+                f"{self.checkpoint.every} is not a multiple of evaluate.every {self.evaluate.every}; "
+                f"{_nearest_multiples(self.checkpoint.every, self.evaluate.every)}"
+            )
+
+    def _check_elastic(self) -> None:
+        """A fixed binary tree over micro-batches: powers of two, and micro-batches that no world size changes."""
+        micro, workers = self.batch.micro_size, self.resources.workers
+        if micro is None:
+            raise ValueError("determinism elastic needs batch.micro_size, or it would depend on the number of workers")
+        if not _is_power_of_two(workers):
+            raise ValueError(f"determinism elastic needs a power of two of workers, not {workers}; {_nearest(workers)}")
+        count, rest = divmod(self.batch.global_size, micro)
+        if rest == 0 and not _is_power_of_two(count):
+            raise ValueError(
+                f"determinism elastic needs a power of two of micro-batches in a global batch, not {count}; "
+                f"{_nearest(count)}, so a batch.global_size of {' or '.join(str(n * micro) for n in _around(count))}"
+            )
 
     def _checked_micro_size(self) -> int:
         workers, total = self.resources.workers, self.batch.global_size
         if total % workers:
-            raise ValueError(f"batch.global_size {total} does not divide over {workers} workers")
+            unit = workers * (self.batch.micro_size or 1)
+            raise ValueError(
+                f"batch.global_size {total} does not divide over {workers} workers; {_nearest_multiples(total, unit)}"
+            )
         share = total // workers
         micro = self.batch.micro_size or max(m for m in range(1, min(8, share) + 1) if share % m == 0)
         if share % micro:
             raise ValueError(
                 f"batch.global_size {total} is not a multiple of batch.micro_size {micro} × {workers} workers"
-                f" = {micro * workers}"
+                f" = {micro * workers}; {_nearest_multiples(total, micro * workers)}"
             )
         return micro
 
@@ -316,6 +350,25 @@ class TrainSpec(_JobSpecBase):
     def micro_batches(self) -> int:
         """Micro-batches in one global batch, over all workers."""
         return self.batch.global_size // self.micro_batch
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+def _around(n: int) -> tuple[int, int]:
+    """Return the powers of two below and above a number that is none."""
+    below = 1 << (n.bit_length() - 1)
+    return below, 2 * below
+
+
+def _nearest(n: int) -> str:
+    return "the nearest are {} and {}".format(*_around(n))
+
+
+def _nearest_multiples(n: int, unit: int) -> str:
+    below = n - n % unit
+    return f"the nearest that fit are {below} and {below + unit}" if below else f"the least that fits is {unit}"
 
 
 class StdlibSource(Strict):

@@ -147,6 +147,14 @@ class Bucket:
             for item in page.get("Contents", [])
         ]
 
+    def files(self, prefix: str) -> list[ObjectInfo]:
+        """Return the objects directly below `prefix`, which ends in a slash, by key."""
+        return [
+            ObjectInfo(item["Key"].removeprefix(self._root), item["Size"])
+            for page in self._pages(prefix, "/")
+            for item in page.get("Contents", [])
+        ]
+
     def folders(self, prefix: str) -> list[str]:
         """Return the names of the folders directly below `prefix`, which ends in a slash."""
         start = len(self._root) + len(prefix)

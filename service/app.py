@@ -10,12 +10,15 @@ from starlette.types import Lifespan
 from api import __version__
 from api.errors import Problem
 from api.storage import Bucket, Timeouts
-from service import health, problems, routes
+from service import docs, health, problems, routes
 from service.auth import ensure_key
 from service.jobs import Jobs
+from service.metrics import Measures, Watched
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
+from service.retention import Retention
 from service.settings import Settings
+from service.sse import Streams
 from service.store import Store, make_engine, migrate
 
 DESCRIPTION = """
@@ -36,25 +39,35 @@ def create_app(settings: Settings) -> FastAPI:
         ensure_key(store, settings.bootstrap_key_path)
     bucket = Bucket(settings.storage, Timeouts(connect=2.0, read=settings.storage_timeout, attempts=3))
     ray = RayBackend(settings.ray_address, settings.ray_token_path, settings.request_timeout)
-    reconciler = Reconciler(store, bucket, ray, settings)
+    measures = Measures(store, lambda: health.look_at(health.checks_of(app.state)))
+    reconciler = Reconciler(store, bucket, ray, settings, measures.note_pass)
+    loops = (reconciler.loop, Retention(store, bucket, settings).loop)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        reconciler.start()
+        for loop in loops:
+            loop.start()
         yield
-        reconciler.stop()
+        for loop in loops:
+            loop.stop()
         ray.close()
         engine.dispose()
 
     app = make_api(settings.max_body_bytes, lifespan)
     app.state.store, app.state.bucket, app.state.ray = store, bucket, ray
     app.state.jobs = Jobs(store, bucket, ray, settings)
+    app.state.measures = measures
+    app.add_middleware(Watched, measures=measures)
+    app.state.streams = Streams(settings.live_interval, settings.live_keep_alive, settings.live_streams)
     return app
 
 
 def make_api(max_body_bytes: int, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     """Return the routes and their errors, standing on nothing yet: enough for the OpenAPI document."""
-    app = FastAPI(title="Lockstep", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="Lockstep", version=__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.add_route("/docs", docs.show, include_in_schema=False)
     app.include_router(routes.router)
     app.include_router(health.router)
     app.add_middleware(problems.Edge, max_body_bytes=max_body_bytes)

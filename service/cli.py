@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,7 @@ def up(
     port: Annotated[int | None, typer.Option(help="Of the API; 8700. 0 takes any free one.")] = None,
     dashboard_port: Annotated[int | None, typer.Option(help="Of Ray's dashboard; 8265.")] = None,
     s3_port: Annotated[int | None, typer.Option(help="Of the S3 server; 9000.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Of the control plane's metrics; 8701.")] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that Ray may use; all.")] = None,
 ) -> None:
     """Run an S3 server, Ray and the control plane on this machine until Ctrl-C."""
@@ -40,6 +42,7 @@ def up(
         port=port,
         dashboard_port=dashboard_port,
         s3_port=s3_port,
+        metrics_port=metrics_port,
         cpus=cpus or os.cpu_count() or 1,
     )
     try:
@@ -52,13 +55,20 @@ def up(
 @app.command()
 def serve() -> None:
     """Run the control plane alone; LOCKSTEP_ variables configure it."""
-    import uvicorn
-
     from service.app import create_app
+    from service.metrics import MetricsPortBusy
+    from service.server import Server
     from service.settings import Settings
 
     settings = Settings()
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port)
+    server = Server(create_app(settings), settings.host, settings.port, settings.metrics_port)
+    try:
+        with suppress(KeyboardInterrupt):
+            server.run()
+    except MetricsPortBusy as error:
+        print(error, file=sys.stderr)
+    if not server.started:
+        raise typer.Exit(1)
 
 
 @app.command()

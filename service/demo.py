@@ -61,7 +61,7 @@ def local_stack() -> Iterator[Client]:
         environment |= {"LOCKSTEP_PROFILE": str(profile), "PYTHONUNBUFFERED": "1"}
         # The example needs two workers, also on a machine with a single core.
         cpus = str(max(2, os.cpu_count() or 1))
-        ports = ["--port", "0", "--dashboard-port", "0", "--s3-port", "0"]
+        ports = [word for name in ("port", "dashboard-port", "s3-port", "metrics-port") for word in (f"--{name}", "0")]
         command = [sys.executable, "-m", "service.cli", "up", "--state", f"{folder}/state", "--cpus", cpus, *ports]
         up = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
@@ -123,10 +123,14 @@ def run_job(console: Console, client: Client, example: str, title: str) -> Job:
 def show_result(console: Console, prepared: Job, trained: Job, client: Client) -> None:
     """Print losses side by side, the generated text, where the checkpoints are, and what `make up` leaves open."""
     console.rule("Result")
-    unigram, loss = float(trained.result["unigram_loss"]), float(trained.result["eval_loss"])
+    losses = {
+        "unigram frequencies of the same data": trained.result.get("unigram_loss"),
+        "the trained model": trained.result["eval_loss"],
+    }
     figures = Table("on the eval split", "loss (nats/token)", "perplexity", box=None, header_style="bold")
-    for name, value in (("unigram frequencies of the same data", unigram), ("the trained model", loss)):
-        figures.add_row(name, f"{value:.3f}", f"{math.exp(value):.1f}")
+    for name, value in losses.items():
+        if value is not None:
+            figures.add_row(name, f"{value:.3f}", f"{math.exp(value):.1f}")
     checkpoints = client.checkpoints(trained.id).items
     steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
     console.print(figures)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.datastructures import State
 
 from api.errors import LockstepError
 from api.jobs import Check, Readiness
@@ -28,7 +29,10 @@ def healthz() -> dict[str, str]:
 
 def checks(request: Request) -> dict[str, Callable[[], object]]:
     """What is looked at; the bucket by reading a key that need not exist."""
-    state = request.app.state
+    return checks_of(request.app.state)
+
+
+def checks_of(state: State) -> dict[str, Callable[[], object]]:
     return {
         "database": state.store.ping,
         "bucket": lambda: state.bucket.objects(f"{PROJECT}/readyz/"),
@@ -36,11 +40,16 @@ def checks(request: Request) -> dict[str, Callable[[], object]]:
     }
 
 
+def look_at(every: dict[str, Callable[[], object]]) -> dict[str, Check]:
+    """Look at all at once, and at each no longer than a probe may wait."""
+    looks = {name: _POOL.submit(_look, check) for name, check in every.items()}
+    return {name: _wait(look) for name, look in looks.items()}
+
+
 @router.get("/readyz", responses={503: {"model": Readiness, "description": "The database does not answer"}})
 def readyz(response: Response, every: Annotated[dict[str, Callable[[], object]], Depends(checks)]) -> Readiness:
     """Ready when the database answers; bucket and Ray are timed and at worst degraded, for a job can wait for them."""
-    looks = {name: _POOL.submit(_look, check) for name, check in every.items()}
-    done = {name: _wait(look) for name, look in looks.items()}
+    done = look_at(every)
     if done["database"].status != "ok":
         done["database"] = done["database"].model_copy(update={"status": "failed"})
         response.status_code = 503

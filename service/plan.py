@@ -9,6 +9,7 @@ from api.errors import Fault, InvalidSpec
 from api.jobs import MemoryPlan, PreparePlan, TrainPlan
 from api.spec import PrepareSpec, TrainSpec
 from service.admission import Node, why_never
+from service.memory import memory_plan
 
 _FLOAT = 4
 """Bytes of an fp32 number."""
@@ -32,7 +33,7 @@ def plan_train(
     _refuse(_data_faults(spec, dataset, train_samples))
     steps = total_steps(spec, train_samples)
     parameters = parameter_count(spec.model, dataset.vocab_size, length)
-    memory = memory_plan(spec, parameters)
+    memory = memory_plan(spec, parameters, dataset.vocab_size)
     available = _memory_available(spec, nodes)
     _refuse(_schedule_faults(spec, steps) + _placement_faults(spec, nodes) + _memory_faults(memory, available))
     return TrainPlan(
@@ -50,20 +51,6 @@ def plan_train(
     )
 
 
-def memory_plan(spec: TrainSpec, parameters: int) -> MemoryPlan:
-    """Return the bytes on one worker that the parameters cause. Activations are not estimated yet."""
-    weights = parameters * _FLOAT
-    alone = spec.resources.workers == 1
-    return MemoryPlan(
-        weights=weights,
-        # DDP's buckets hold the gradients themselves: its gradients are views into them.
-        gradients=weights,
-        optimizer=2 * weights,
-        ddp_buckets=0 if alone else min(weights, 25 * 2**20),
-        snapshot=2 * 3 * weights // spec.resources.workers,
-    )
-
-
 def _refuse(faults: list[Fault]) -> None:
     if faults:
         raise InvalidSpec(faults[0].message, errors=faults)
@@ -78,6 +65,14 @@ def _data_faults(spec: TrainSpec, dataset: DatasetDocument, train_samples: int) 
                 path="$.model.vocab_size",
                 message=f"the dataset {dataset.name}@{dataset.version} was made with a vocabulary of "
                 f"{dataset.vocab_size}, not {wanted}; leave the field out, or prepare another dataset",
+            )
+        )
+    if dataset.tokenizer == "none" and dataset.dtype == "uint16" and dataset.vocab_size > 2**16:
+        faults.append(
+            Fault(
+                path="$.model.vocab_size",
+                message=f"the shards of {dataset.name} are uint16, which has {2**16} values; a vocabulary of "
+                f"{dataset.vocab_size} is not theirs",
             )
         )
     length = spec.data.sequence_length
@@ -131,16 +126,25 @@ def _memory_faults(memory: MemoryPlan, available: int | None) -> list[Fault]:
 def _memory_warnings(memory: MemoryPlan, available: int | None) -> list[str]:
     if available is None:
         return []
-    expected = memory.certain + memory.ddp_buckets + memory.snapshot
-    if expected <= 0.8 * available:
+    if memory.total <= 0.8 * available:
         return []
     return [
-        f"weights, gradients, optimizer, buckets and snapshot take {_gib(expected)} of the {_gib(available)} of each "
-        "worker, before activations; it may run out of memory"
+        f"the job is expected to take {_gib(memory.total)} of the {_gib(available)} of each worker; it may run out of "
+        "memory. A smaller batch.micro_size or data.sequence_length takes less"
     ]
 
 
 def _data_warnings(spec: TrainSpec, dataset: DatasetDocument) -> list[str]:
+    return _sample_warnings(spec, dataset) + _evaluation_warnings(spec, dataset)
+
+
+def _sample_warnings(spec: TrainSpec, dataset: DatasetDocument) -> list[str]:
+    if dataset.tokenizer != "none" or "sample" not in spec.model_fields_set or spec.sample is None:
+        return []
+    return [f"the dataset {dataset.name} is a folder of token shards and has no tokenizer: no sample is generated"]
+
+
+def _evaluation_warnings(spec: TrainSpec, dataset: DatasetDocument) -> list[str]:
     if "sequences" not in spec.evaluate.model_fields_set:
         return []
     wanted, there = spec.evaluate.sequences, samples(dataset, "eval", spec.data.sequence_length)

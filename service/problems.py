@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import (
@@ -48,7 +49,10 @@ def install(app: FastAPI) -> None:
 
     def handle(kind: type[Exception], translate: Any) -> None:
         async def handler(request: Request, error: Exception) -> JSONResponse:
-            return answer(translate(error), request_id(request.scope))
+            response = answer(translate(error), request_id(request.scope))
+            if response.status_code == MethodNotAllowed.status:
+                response.headers["Allow"] = _allowed(request)
+            return response
 
         app.add_exception_handler(kind, handler)
 
@@ -79,6 +83,16 @@ def _from_validation(error: RequestValidationError) -> ApiError:
 def _from_http(error: HTTPException) -> ApiError:
     kind = _BY_STATUS.get(error.status_code, BadRequest)
     return kind(_SENTENCES.get(error.status_code, str(error.detail)))
+
+
+def _allowed(request: Request) -> str:
+    """Return the methods that a path knows (RFC 9110, 15.5.6); Starlette names those of one of its routes only.
+
+    A path that is not in the document is one of its own pages.
+    """
+    paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    found = [methods for path, methods in paths.items() if compile_path(path)[0].match(request.url.path)]
+    return ", ".join(sorted({method.upper() for methods in found for method in methods} or {"GET", "HEAD"}))
 
 
 def _from_database(error: SQLAlchemyError) -> ApiError:

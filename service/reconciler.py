@@ -5,9 +5,10 @@ takes it once, and every change of state is one guarded update. Nothing is remem
 """
 
 import logging
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from time import perf_counter
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -46,6 +47,7 @@ from service.lifecycle import (
     decide,
 )
 from service.observer import ClusterView, observe, observe_cluster
+from service.periodic import Periodic
 from service.progress import read_progress
 from service.ray_backend import RayBackend, RayUnreachable
 from service.render import submission
@@ -59,39 +61,34 @@ logger = logging.getLogger("lockstep.service")
 class Reconciler:
     """Drives every job of the store towards its end."""
 
-    def __init__(self, store: Store, bucket: Bucket, ray: RayBackend, settings: Settings) -> None:
+    def __init__(
+        self,
+        store: Store,
+        bucket: Bucket,
+        ray: RayBackend,
+        settings: Settings,
+        note_pass: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """`note_pass` hears of each complete pass how long it took."""
         self._store, self._bucket, self._ray, self._settings = store, bucket, ray, settings
+        self._note_pass = note_pass
         self._policy = Policy(settings.start_deadline, settings.stop_grace, settings.retry_backoff)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="reconciler")
+        self.loop = Periodic("reconciler", self._pass, settings.reconcile_interval)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End after the present pass."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.reconcile_all()
-            except SQLAlchemyError as error:
-                logger.warning("the database does not answer, nothing is decided: %s", error)
-            except Exception:
-                logger.exception("a bug ended this pass; the next one begins anew")
-            self._stop.wait(self._settings.reconcile_interval)
+    def _pass(self) -> None:
+        began = perf_counter()
+        self.reconcile_all()
+        if not self.loop.stopping:
+            self._note_pass(perf_counter() - began)
 
     def reconcile_all(self) -> None:
-        """One pass over every live job, oldest first, and over what deleted jobs left in the bucket."""
+        """One pass over every live job, oldest first, and over what deleted jobs left."""
         live = self._store.live()
         if live:
             cluster = observe_cluster(self._ray)
             line = Line(live)
             for job in live:
-                if self._stop.is_set():
+                if self.loop.stopping:
                     return
                 self._reconcile_safely(job, cluster, line)
         for job in self._store.to_purge():
@@ -250,7 +247,9 @@ class Reconciler:
         return (self._store.apply(job, changes, events) or job) if changes else job
 
     def _purge(self, job: JobRow) -> None:
-        """Delete the objects of a job whose tombstone stands."""
+        """Delete the objects of a job whose tombstone stands, once nobody downloads them any more."""
+        if self._store.pinned(job.id, now()):
+            return
         try:
             keys = [item.key for item in self._bucket.objects(JobLayout(job.project, job.id).prefix)]
             self._bucket.delete(keys)

@@ -18,13 +18,14 @@ def submission(
     body: dict[str, Any] = {
         "entrypoint": command,
         "submission_id": submission_id(job_id, attempt),
-        "metadata": {"name": spec.name, "job_id": job_id, "attempt": str(attempt), "kind": spec.kind},
+        # `job_name` is the key that Ray's dashboard shows.
+        "metadata": {"job_name": spec.name, "job_id": job_id, "attempt": str(attempt), "kind": spec.kind},
         "runtime_env": {
             "env_vars": {
                 "PYTHONSAFEPATH": "1",
                 "PYTHONUNBUFFERED": "1",
                 "RAY_JOB_STOP_WAIT_TIME_S": "10",
-                # Makes the run and its workers appear on the dashboard's Train page.
+                # Makes the run, its attempts and workers part of what the dashboard's API tells of Ray Train.
                 "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
             }
         },

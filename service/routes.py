@@ -1,17 +1,26 @@
 """The routes: parse, call the use case, return. Every one under /v1 needs an API key."""
 
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from pydantic import Field
 
-from api.errors import BadRequest, Conflict, InvalidSpec, NotFound, TooLarge, Unauthorized, Unavailable
-from api.jobs import Checkpoint, Event, Job, JobState, LogLine, MetricPoint, Page, PreparePlan, TrainPlan
-from api.names import JOB_ID
-from api.spec import JobSpec
+from api.errors import BadRequest, Conflict, Fault, InvalidSpec, NotFound, TooLarge, Unauthorized, Unavailable
+from api.jobs import Checkpoint, Event, Job, JobState, LogLine, MetricPoint, ModelFile, Page, PreparePlan, TrainPlan
+from api.names import JOB_ID, Name
+from api.spec import JobSpec, LabelFilter
 from service.auth import Principal, authenticate
+from service.download import Download
 from service.jobs import Jobs
+from service.live import EVENT_ID, METRIC_ID, Feed
 from service.problems import problem_responses
+from service.sse import Streams, refuse_parameter, stream_description, wants_stream
+from service.store import JobFilter
 
 EXAMPLES = {
     "shortest": {
@@ -59,14 +68,60 @@ async def parsed_body(request: Request) -> Any:
     return await request.json()
 
 
-Who = Annotated[Principal, Depends(principal)]
+def streams_wanted(request: Request) -> bool:
+    """Whether a live stream shall be the answer, and not the list as it is."""
+    return wants_stream(",".join(request.headers.getlist("accept")))
+
+
+def stream(request: Request, feed: Feed, reads_bucket: bool = True) -> Response:
+    """Answer with a live stream, for as long as the key is valid."""
+    streams: Streams = request.app.state.streams
+    return streams.answer(feed, partial(principal, request), reads_bucket)
+
+
+def key_and_value(label: str) -> tuple[str, str | None]:
+    """Split the filter `key=value`; one without a sign stands for any value."""
+    key, sign, value = label.partition("=")
+    return key, value if sign else None
+
+
+class KeyedRoute(APIRoute):
+    """A route that wants a key before all else: FastAPI reads and parses a body before any dependency."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def keyed(request: Request) -> Response:
+            request.state.principal = await run_in_threadpool(principal, request)
+            return await handle(request)
+
+        return keyed
+
+
+def who(request: Request) -> Principal:
+    found: Principal = request.state.principal
+    return found
+
+
+def known_parameters(request: Request) -> None:
+    """Refuse a query parameter that the route does not have: a misspelt `dry_run` must not submit a job."""
+    unknown = set(request.query_params) - {field.alias for field in request.scope["route"].dependant.query_params}
+    faults = [Fault(path=f"$.query.{name}", message="unknown parameter; see /docs") for name in sorted(unknown)]
+    if faults:
+        raise InvalidSpec(f"{faults[0].path}: {faults[0].message}", errors=faults)
+
+
+Who = Annotated[Principal, Depends(who)]
 UseCases = Annotated[Jobs, Depends(jobs)]
+LastEventId = Header(alias="Last-Event-ID", description="Of a live stream: the `id` of the message that came last")
 JobId = Annotated[str, Path(pattern=JOB_ID.pattern, description="A job's id", examples=["job-01m9zq1x0p5w6f3k2v8n"])]
+Step = Annotated[int, Path(ge=0, le=2**53, description="The checkpoint's step")]
 Limit = Annotated[int, Query(ge=1, le=200, description="Most items of a page")]
 
 router = APIRouter(
     prefix="/v1",
-    dependencies=[Depends(principal), Depends(HTTPBearer(auto_error=False, description="An API key"))],
+    route_class=KeyedRoute,
+    dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key")), Depends(known_parameters)],
     responses=problem_responses(Unauthorized, InvalidSpec, Unavailable),
 )
 
@@ -107,13 +162,17 @@ def submit(
 def list_jobs(
     who: Who,
     use: UseCases,
-    state: Annotated[JobState | None, Query(description="Only jobs in this state")] = None,
-    name: Annotated[str | None, Query(max_length=64, description="Only jobs of this name")] = None,
+    state: Annotated[Sequence[JobState], Query(description="Only jobs in this state; repeat it for any of some")] = (),
+    name: Annotated[Name | None, Query(description="Only jobs of this name")] = None,
+    label: Annotated[
+        Sequence[LabelFilter],
+        Query(max_length=16, description="`key=value`, or `key` for any value; repeat it for jobs with all of them"),
+    ] = (),
     limit: Limit = 50,
     cursor: Annotated[str | None, Query(pattern=JOB_ID.pattern, description="`next_cursor` of the page before")] = None,
 ) -> Page[Job]:
     """List jobs, newest first."""
-    return use.page(who, state.value if state else None, name, limit, cursor)
+    return use.page(who, JobFilter(state, name, [key_and_value(text) for text in label]), limit, cursor)
 
 
 @router.get("/jobs/{job_id}", responses=problem_responses(NotFound), tags=["jobs"])
@@ -134,29 +193,61 @@ def delete_job(who: Who, use: UseCases, job_id: JobId) -> None:
     use.delete(who, job_id)
 
 
-@router.get("/jobs/{job_id}/events", responses=problem_responses(NotFound), tags=["runs"])
+@router.get(
+    "/jobs/{job_id}/events",
+    response_model=Page[Event],
+    responses={**stream_description("events"), **problem_responses(NotFound)},
+    tags=["runs"],
+)
 def list_events(
+    request: Request,
     who: Who,
     use: UseCases,
     job_id: JobId,
     after: Annotated[int, Query(ge=0, le=2**53, description="Only events with a higher number")] = 0,
     limit: Limit = 200,
-) -> Page[Event]:
-    """List what happened to a job, in order."""
+    last_event_id: Annotated[str | None, LastEventId, Field(pattern=EVENT_ID)] = None,
+) -> Any:
+    """List what happened to a job, in order; or follow it, by `Accept: text/event-stream`.
+
+    A live stream begins after `after`, or after `Last-Event-ID`; it has no `limit`.
+    """
+    if streams_wanted(request):
+        refuse_parameter(request, "limit")
+        last = after if last_event_id is None else int(last_event_id)
+        return stream(request, use.follow_events(who, job_id, last), reads_bucket=False)
     return use.events(who, job_id, after, limit)
 
 
-@router.get("/jobs/{job_id}/metrics", responses=problem_responses(NotFound), tags=["runs"])
+@router.get(
+    "/jobs/{job_id}/metrics",
+    response_model=Page[MetricPoint],
+    responses={
+        **stream_description("points, and a message `rewind` where the run went back to a checkpoint,"),
+        **problem_responses(NotFound),
+    },
+    tags=["runs"],
+)
 def list_metrics(
+    request: Request,
     who: Who,
     use: UseCases,
     job_id: JobId,
     keys: Annotated[str | None, Query(max_length=512, description="Only these values: names, comma-separated")] = None,
     from_step: Annotated[int, Query(ge=0, le=2**53, description="Only from this step on")] = 0,
     max_points: Annotated[int | None, Query(ge=1, le=100_000, description="Thin evenly to this many")] = None,
-) -> Page[MetricPoint]:
-    """The curve of a job along its history: no gap and no duplicate, whatever was restarted."""
-    return use.metrics(who, job_id, keys.split(",") if keys else None, from_step, max_points)
+    last_event_id: Annotated[str | None, LastEventId, Field(pattern=METRIC_ID)] = None,
+) -> Any:
+    """The curve of a job along its history: no gap and no duplicate, whatever was restarted; or the same live.
+
+    In a live stream (`Accept: text/event-stream`) a message `rewind` says beyond which step to forget all points:
+    others follow in their place. It has no `max_points`.
+    """
+    chosen = keys.split(",") if keys else None
+    if streams_wanted(request):
+        refuse_parameter(request, "max_points")
+        return stream(request, use.follow_metrics(who, job_id, chosen, from_step, last_event_id))
+    return use.metrics(who, job_id, chosen, from_step, max_points)
 
 
 @router.get("/jobs/{job_id}/checkpoints", responses=problem_responses(NotFound), tags=["runs"])
@@ -171,23 +262,48 @@ def list_checkpoints(who: Who, use: UseCases, job_id: JobId) -> Page[Checkpoint]
     responses=problem_responses(NotFound, Conflict),
     tags=["runs"],
 )
-def delete_checkpoint(
-    who: Who,
-    use: UseCases,
-    job_id: JobId,
-    step: Annotated[int, Path(ge=0, le=2**53, description="The checkpoint's step")],
-) -> None:
-    """Delete one checkpoint of an ended job."""
+def delete_checkpoint(who: Who, use: UseCases, job_id: JobId, step: Step) -> None:
+    """Delete one checkpoint of an ended job, unless it is being downloaded."""
     use.delete_checkpoint(who, job_id, step)
 
 
-@router.get("/jobs/{job_id}/logs", responses=problem_responses(NotFound), tags=["runs"])
+@router.get(
+    "/jobs/{job_id}/checkpoints/{step}/files/{name}",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        **problem_responses(NotFound, Conflict),
+    },
+    tags=["runs"],
+)
+def download_file(who: Who, use: UseCases, job_id: JobId, step: Step, name: ModelFile) -> Response:
+    """Download a checkpoint, a file at a time. In one folder, they are a model that other libraries load.
+
+    Weights are verified while they are sent; where they are damaged, the answer breaks off short of its length.
+    """
+    return Download(use.download(who, job_id, step, name), name)
+
+
+@router.get(
+    "/jobs/{job_id}/logs",
+    response_model=Page[LogLine],
+    responses={**stream_description("lines"), **problem_responses(NotFound)},
+    tags=["runs"],
+)
 def list_logs(
+    request: Request,
     who: Who,
     use: UseCases,
     job_id: JobId,
     rank: Annotated[int | None, Query(ge=0, le=2**31, description="Only this worker")] = None,
     cursor: Annotated[str | None, Query(max_length=65_536, description="`next_cursor` of the page before")] = None,
-) -> Page[LogLine]:
-    """The workers' own logs, by segment and rank; an empty page means that nothing has been added."""
+    last_event_id: Annotated[str | None, LastEventId, Field(max_length=65_536)] = None,
+) -> Any:
+    """The workers' own logs, by segment and rank; an empty page means that nothing has been added.
+
+    With `Accept: text/event-stream`, the same lines as they come, those of the ranks interleaved, from `cursor` or
+    `Last-Event-ID` on: both are cursors.
+    """
+    if streams_wanted(request):
+        return stream(request, use.follow_logs(who, job_id, rank, cursor if last_event_id is None else last_event_id))
     return use.logs(who, job_id, rank, cursor)

@@ -5,35 +5,71 @@ successor began were written by nobody that anyone will read.
 """
 
 import base64
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from itertools import islice
 
-from pydantic import NonNegativeInt, TypeAdapter
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from api.documents import (
     CheckpointRef,
     ControlDocument,
-    DatasetDocument,
     Manifest,
     ResultDocument,
     SegmentDocument,
     StreamLine,
     Wish,
 )
-from api.errors import InvalidData, InvalidSpec, ObjectMissing
+from api.errors import InvalidData, InvalidSpec
 from api.history import Span, history
 from api.jobs import Checkpoint, LogLine, MetricPoint
-from api.layout import DatasetLayout, JobLayout, SegmentId, chunk, dataset_versions_prefix
+from api.layout import JobLayout, SegmentId, chunk
 from api.storage import Bucket
 
 _LOG_PAGE = 1000
-_CURSOR: TypeAdapter[dict[str, tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]]] = TypeAdapter(
-    dict[str, tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]]
-)
-"""For each stream (segment/rank): chunk, lines of it that were read, lines of the stream that were read."""
+_OPEN_SEGMENTS = 2
+"""The newest segments, whose logs may still grow: the processes of a segment with two successors were ended before the
+first of them began."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in one stream: everything before it has been read."""
+
+    chunk: int = 0
+    offset: int = 0
+    """Lines of the chunk that have been read."""
+    number: int = 0
+    """Lines of the stream that have been read."""
+    size: int = 0
+    """Bytes of the chunk when all of it had been read; 0 where that is not so. A chunk of this size holds no more."""
+
+
+def sizes_below(bucket: Bucket, prefix: str) -> dict[str, int]:
+    """Return the size of each object below a prefix, by key."""
+    return {item.key: item.size for item in bucket.objects(prefix)}
+
+
+def lines_after(
+    bucket: Bucket, prefix: str, suffix: str, mark: Mark, sizes: Mapping[str, int]
+) -> Iterator[tuple[str, Mark]]:
+    """Yield each line of a stream after a mark, with the mark after the line. Fetches no chunk that has not grown.
+
+    Only chunks of one listing, `sizes`: a chunk is full before the next one begins, so all but the last of them are
+    complete. A chunk that came up meanwhile is left for the next time, since the one before it may have grown.
+    """
+    index, offset, number = mark.chunk, mark.offset, mark.number
+    if mark.size and sizes.get(chunk(prefix, index, suffix)) == mark.size:
+        index, offset = index + 1, 0
+    while (key := chunk(prefix, index, suffix)) in sizes:
+        body = bucket.get(key)
+        # Nothing but our own line end: text may hold others, such as U+2028.
+        lines = body.decode(errors="replace").split("\n")[:-1]
+        for read, line in enumerate(lines[offset:], offset + 1):
+            number += 1
+            yield line, Mark(index, read, number, len(body) if read == len(lines) else 0)
+        index, offset = index + 1, 0
 
 
 def segment_ids(bucket: Bucket, layout: JobLayout) -> list[SegmentId]:
@@ -45,13 +81,21 @@ def segment_ids(bucket: Bucket, layout: JobLayout) -> list[SegmentId]:
     return sorted(found)
 
 
+def read_segments(
+    bucket: Bucket, layout: JobLayout, known: Mapping[str, SegmentDocument] | None = None
+) -> dict[str, SegmentDocument]:
+    """Return the segments of a job that began, by name; those in `known`, which never change, are not read again."""
+    found = {}
+    for name in map(str, segment_ids(bucket, layout)):
+        document = (known or {}).get(name) or bucket.find_document(layout.segment(name).document, SegmentDocument)
+        if document is not None:
+            found[name] = document
+    return found
+
+
 def read_history(bucket: Bucket, layout: JobLayout, end: CheckpointRef | None) -> list[Span]:
     """Return the job's history up to its recorded end, if there is one."""
-    found = (
-        bucket.find_document(layout.segment(segment).document, SegmentDocument)
-        for segment in segment_ids(bucket, layout)
-    )
-    return history([segment for segment in found if segment is not None], end)
+    return history(read_segments(bucket, layout).values(), end)
 
 
 @dataclass(frozen=True)
@@ -76,13 +120,10 @@ def read_attempt(bucket: Bucket, layout: JobLayout, attempt: int) -> AttemptTrac
 
 
 @dataclass(frozen=True)
-class Place:
+class Place(Mark):
     """A place in the streams of a job: everything before it has been read."""
 
     segment: str = ""
-    chunk: int = 0
-    offset: int = 0
-    """Lines of the chunk that have been read."""
 
 
 def read_new_lines(bucket: Bucket, layout: JobLayout, place: Place) -> tuple[list[tuple[str, StreamLine]], Place]:
@@ -93,27 +134,34 @@ def read_new_lines(bucket: Bucket, layout: JobLayout, place: Place) -> tuple[lis
         if place.segment and segment < SegmentId.parse(place.segment):
             continue
         if name != place.segment:
-            place = Place(name)
+            place = Place(segment=name)
         prefix = layout.segment(segment).stream
-        for index, text in _chunks(bucket, prefix, "jsonl", place.chunk):
-            skip = place.offset if index == place.chunk else 0
-            lines += [(name, StreamLine.model_validate_json(line)) for line in text[skip:]]
-            place = Place(name, index, len(text))
+        for text, mark in lines_after(bucket, prefix, "jsonl", place, sizes_below(bucket, prefix)):
+            lines.append((name, StreamLine.model_validate_json(text)))
+            place = Place(**asdict(mark), segment=name)
     return lines, place
 
 
 def read_metrics(bucket: Bucket, layout: JobLayout, end: CheckpointRef | None) -> Iterator[MetricPoint]:
     """Yield the metric lines of the job's history in order: no gap, no duplicate, whatever was restarted."""
     for span in read_history(bucket, layout, end):
-        number = 0
-        for _, text in _chunks(bucket, layout.segment(span.segment).stream, "jsonl", 0):
-            for line in text:
-                parsed = StreamLine.model_validate_json(line)
-                if parsed.type == "metrics" and span.contains(parsed.step):
-                    yield MetricPoint(
-                        segment=span.segment, line=number, step=parsed.step, at=parsed.at, values=numbers(parsed)
-                    )
-                number += 1
+        prefix = layout.segment(span.segment).stream
+        for text, mark in lines_after(bucket, prefix, "jsonl", Mark(), sizes_below(bucket, prefix)):
+            point = metric_point(span.segment, text, mark)
+            if point is not None and span.contains(point.step):
+                yield point
+
+
+def metric_point(segment: str, text: str, after: Mark) -> MetricPoint | None:
+    """Return the point in a line of a segment's stream, None for an event; `after` is the mark after the line."""
+    number = after.number - 1
+    try:
+        line = StreamLine.model_validate_json(text)
+    except ValidationError as error:
+        raise InvalidData(f"line {number} of the stream of segment {segment} is not one of ours") from error
+    if line.type == "event":
+        return None
+    return MetricPoint(segment=segment, line=number, step=line.step, at=line.at, values=numbers(line))
 
 
 def numbers(line: StreamLine) -> dict[str, float]:
@@ -163,67 +211,78 @@ def _checkpoint(manifest: Manifest, prefix: str) -> Checkpoint:
     )
 
 
+class _Seen(BaseModel):
+    """What a cursor of logs holds: bounded, however often a job was restarted."""
+
+    model_config = ConfigDict(extra="forbid")
+    rank: NonNegativeInt | None = None
+    """The one rank that it is about; None for all."""
+    closed: str = ""
+    """The newest segment that is read for good, and with it all older ones."""
+    open: dict[str, dict[NonNegativeInt, tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]]] = {}
+    """For each rank of the segments after it: the fields of a Mark."""
+
+
+class LogReader:
+    """Reads a job's logs from a cursor on, by segment and rank. InvalidSpec for a cursor that is not one of ours."""
+
+    def __init__(self, bucket: Bucket, layout: JobLayout, rank: int | None, cursor: str | None) -> None:
+        self._bucket, self._layout, self._rank = bucket, layout, rank
+        seen = _decode(cursor) if cursor is not None else _Seen(rank=rank)
+        if seen.rank != rank:
+            whose = "all workers" if seen.rank is None else f"worker {seen.rank}"
+            raise InvalidSpec(f"this cursor is for the logs of {whose}; begin without one")
+        self._closed = SegmentId.parse(seen.closed) if seen.closed else None
+        self._open = {name: {rank: Mark(*m) for rank, m in marks.items()} for name, marks in seen.open.items()}
+
+    @property
+    def cursor(self) -> str:
+        """Where to go on after the line that came last."""
+        marks = {
+            name: {rank: (m.chunk, m.offset, m.number, m.size) for rank, m in ranks.items()}
+            for name, ranks in self._open.items()
+        }
+        seen = _Seen(rank=self._rank, closed=str(self._closed or ""), open=marks)
+        return base64.urlsafe_b64encode(seen.model_dump_json(exclude_defaults=True).encode()).decode()
+
+    def new_lines(self) -> Iterator[LogLine]:
+        """Yield what has been added since; call it again for more."""
+        segments = segment_ids(self._bucket, self._layout)
+        for segment in segments:
+            if self._closed is not None and segment <= self._closed:
+                continue
+            yield from self._lines_of(str(segment))
+            if segment not in segments[-_OPEN_SEGMENTS:]:
+                self._closed = segment
+                self._open.pop(str(segment), None)
+
+    def _lines_of(self, segment: str) -> Iterator[LogLine]:
+        logs = self._layout.segment(segment).logs()
+        sizes = sizes_below(self._bucket, logs)
+        names = {key[len(logs) :].partition("/")[0] for key in sizes}
+        for rank in sorted(int(name) for name in names if name.isdecimal()):
+            if self._rank not in (None, rank):
+                continue
+            mark = self._open.get(segment, {}).get(rank, Mark())
+            for text, after in lines_after(self._bucket, f"{logs}{rank}/", "log", mark, sizes):
+                self._open.setdefault(segment, {})[rank] = after
+                yield LogLine(segment=segment, rank=rank, line=after.number - 1, text=text)
+
+
 def read_logs(
     bucket: Bucket, layout: JobLayout, rank: int | None, cursor: str | None
 ) -> tuple[list[LogLine], str | None]:
     """Return log lines after a cursor, by segment and rank, and the cursor to go on from (None on an empty page)."""
-    seen = _decode(cursor)
-    lines: list[LogLine] = []
-    for segment in segment_ids(bucket, layout):
-        logs = layout.segment(segment).logs()
-        for name in sorted(bucket.folders(logs), key=int):
-            if rank is not None and int(name) != rank:
-                continue
-            stream = f"{segment}/{name}"
-            first, offset, number = seen.get(stream, (0, 0, 0))
-            for index, text in _chunks(bucket, f"{logs}{name}/", "log", first):
-                fresh = text[offset if index == first else 0 :][: _LOG_PAGE - len(lines)]
-                lines += [
-                    LogLine(segment=str(segment), rank=int(name), line=number + i, text=line)
-                    for i, line in enumerate(fresh)
-                ]
-                number += len(fresh)
-                seen[stream] = (index, (offset if index == first else 0) + len(fresh), number)
-                if len(lines) == _LOG_PAGE:
-                    return lines, _encode(seen)
-    return lines, _encode(seen) if lines else None
+    reader = LogReader(bucket, layout, rank, cursor)
+    lines = list(islice(reader.new_lines(), _LOG_PAGE))
+    return lines, reader.cursor if lines else None
 
 
-def find_dataset(bucket: Bucket, project: str, ref: str) -> DatasetDocument:
-    """Return a dataset by `name` (its newest version) or `name@version`; ObjectMissing says what is not there."""
-    name, _, version = ref.partition("@")
-    versions = [version] if version else sorted(bucket.folders(dataset_versions_prefix(project, name)), reverse=True)
-    for candidate in versions:
-        document = bucket.find_document(DatasetLayout(project, name, candidate).document, DatasetDocument)
-        if document is not None:
-            return document
-    if versions:
-        raise ObjectMissing(f"dataset {ref} has no dataset.json: its preparation has not finished, or failed")
-    raise ObjectMissing(f"there is no dataset {ref}; prepare one first, or check the name")
-
-
-def _chunks(bucket: Bucket, prefix: str, suffix: str, first: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield (index, lines) of the chunks of a stream from `first` on.
-
-    Only those in one listing: a chunk is full before the next one begins, so all but the last of them are complete.
-    A chunk that came up meanwhile is left for the next time, since the one before it may have grown after we read it.
-    """
-    known = {item.key for item in bucket.objects(prefix)}
-    index = first
-    while (key := chunk(prefix, index, suffix)) in known:
-        # Nothing but our own line end: text may hold others, such as U+2028.
-        yield index, bucket.get(key).decode(errors="replace").split("\n")[:-1]
-        index += 1
-
-
-def _encode(seen: dict[str, Any]) -> str:
-    return base64.urlsafe_b64encode(json.dumps(seen).encode()).decode()
-
-
-def _decode(cursor: str | None) -> dict[str, tuple[int, int, int]]:
-    if cursor is None:
-        return {}
+def _decode(cursor: str) -> _Seen:
     try:
-        return _CURSOR.validate_json(base64.urlsafe_b64decode(cursor))
+        seen = _Seen.model_validate_json(base64.urlsafe_b64decode(cursor))
+        if seen.closed:
+            SegmentId.parse(seen.closed)
     except ValueError as error:
         raise InvalidSpec("this cursor is not one of ours; begin without one") from error
+    return seen

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -15,6 +15,8 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = 8700
+    metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Where Prometheus may scrape the control plane, on the same host; unset, nowhere. It asks for no key."""
     database_url: str = "sqlite:///lockstep.db"
     storage: str = ""
     """s3://bucket/prefix; endpoint and credentials by the AWS SDK's own variables."""
@@ -39,6 +41,16 @@ class Settings(BaseSettings):
     """From a stop request to Ray stopping the attempt by force."""
     retry_backoff: float = 2.0
     """Wait before the second attempt; doubles with each further one, up to a minute."""
+    live_interval: float = 1.0
+    """Between two looks of a live stream at what is new."""
+    live_keep_alive: float = 15.0
+    """Longest silence of a live stream; then it sends a comment, so that no proxy takes it for dead."""
+    live_streams: int = Field(default=200, ge=1)
+    """Most live streams at once; a further one is refused."""
+    retention_interval: float = Field(default=30.0, gt=0)
+    """Between two looks at the checkpoints of a training job."""
+    retention_grace: float = 900.0
+    """From when nobody seems to need a checkpoint to its deletion; longer than `start_deadline`."""
     failpoint: str = ""
     """For tests: the name of a place in the reconciler where the process kills itself."""
 
@@ -48,3 +60,19 @@ class Settings(BaseSettings):
         if not value.startswith("s3://"):
             raise ValueError("set LOCKSTEP_STORAGE to s3://bucket/prefix")
         return value
+
+    @model_validator(mode="after")
+    def _two_ports(self) -> "Settings":
+        if self.metrics_port == self.port:
+            raise ValueError(f"LOCKSTEP_METRICS_PORT must be another port than LOCKSTEP_PORT ({self.port})")
+        return self
+
+    @model_validator(mode="after")
+    def _grace_outlasts_a_start(self) -> "Settings":
+        # An attempt that is only starting may still read any checkpoint that was there when it began.
+        if self.retention_grace <= self.start_deadline:
+            raise ValueError(
+                f"LOCKSTEP_RETENTION_GRACE ({self.retention_grace:g} s) must be longer than LOCKSTEP_START_DEADLINE "
+                f"({self.start_deadline:g} s); raise it"
+            )
+        return self

@@ -39,6 +39,8 @@ class Ports:
     api: int
     dashboard: int
     s3: int
+    metrics: int
+    """Of the control plane."""
     ray: tuple[int, ...]
     """GCS, client server, agent HTTP, agent gRPC, metrics."""
 
@@ -64,6 +66,14 @@ class Plan:
     @property
     def s3(self) -> str:
         return f"http://{HOST}:{self.ports.s3}"
+
+    @property
+    def metrics(self) -> str:
+        return f"http://{HOST}:{self.ports.metrics}/metrics"
+
+    @property
+    def ray_metrics(self) -> str:
+        return f"http://{HOST}:{self.ports.ray[-1]}/metrics"
 
 
 def build_children(plan: Plan) -> tuple[Child, Child, Child]:
@@ -161,7 +171,7 @@ def ray_environment(plan: Plan, base: Mapping[str, str]) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(plan.state / "ray_token"),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "LOCKSTEP_CACHE": str(plan.state / "cache"),
+        "LOCKSTEP_CACHE": base.get("LOCKSTEP_CACHE", str(plan.state / "cache")),
         "PYTHONSAFEPATH": "1",
         "TMPDIR": str(plan.ray_folder),  # goes with it, whatever Ray and the workers leave there
         "TORCHINDUCTOR_CACHE_DIR": str(plan.state / "cache" / "torchinductor"),
@@ -173,6 +183,7 @@ def control_plane_environment(plan: Plan, base: Mapping[str, str]) -> dict[str, 
     own = {
         "LOCKSTEP_HOST": HOST,
         "LOCKSTEP_PORT": str(plan.ports.api),
+        "LOCKSTEP_METRICS_PORT": str(plan.ports.metrics),
         "LOCKSTEP_DATABASE_URL": f"sqlite:///{plan.state / 'lockstep.db'}",
         "LOCKSTEP_RAY_ADDRESS": plan.dashboard,
         "LOCKSTEP_RAY_TOKEN_PATH": str(plan.state / "ray_token"),

@@ -5,21 +5,22 @@ dropped. A terminal state is never left, whatever version the writer holds.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import secrets
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from sqlalchemy.exc import IntegrityError
 
-from api.documents import now
+from api.documents import CheckpointRef, now
 from api.jobs import ENDED, Event, JobState
 from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
-from service.tables import api_keys, events, idempotency, jobs
+from service.tables import api_keys, events, idempotency, jobs, marks, pins
 
 _ENDED = [state.value for state in ENDED]
 
@@ -55,6 +56,8 @@ class JobRow:
     ended_at: datetime | None = None
     deleted_at: datetime | None = None
     purged_at: datetime | None = None
+    retention: Literal["active", "settled"] | None = None
+    """Whether retention has still to look at the checkpoints; null where there are none, as of a preparation."""
     version: int = 1
 
     @property
@@ -82,6 +85,26 @@ class Replay:
 
 
 @dataclass(frozen=True)
+class JobFilter:
+    """Which jobs a list shall hold; an empty filter holds all."""
+
+    states: Collection[JobState] = ()
+    """Any of them."""
+    name: str | None = None
+    labels: Collection[tuple[str, str | None]] = ()
+    """Keys and values, all of them; None stands for any value."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A checkpoint that nobody seems to need, since when; once it is doomed, nothing can pin it any more."""
+
+    at: CheckpointRef
+    marked_at: datetime
+    doomed: bool = False
+
+
+@dataclass(frozen=True)
 class Key:
     """An API key, as far as it is stored."""
 
@@ -97,12 +120,12 @@ class IdempotencyRecord:
     body_sha256: str
 
 
-def migrate(database_url: str) -> None:
-    """Bring the schema up to date; an empty database gets everything."""
+def migrate(database_url: str, revision: str = "head") -> None:
+    """Bring the schema up to date, or to a revision; an empty database gets everything."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["url"] = database_url
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)
 
 
 def make_engine(database_url: str) -> sa.Engine:
@@ -175,22 +198,24 @@ class Store:
             row = connection.execute(query).mappings().one_or_none()
         return None if row is None else _job(row)
 
-    def page(
-        self, project: str, *, limit: int, before: str | None = None, state: str | None = None, name: str | None = None
-    ) -> list[JobRow]:
+    def page(self, project: str, only: JobFilter, *, limit: int, before: str | None = None) -> list[JobRow]:
         """Return jobs, newest first; `before` is the id of the last one already seen."""
-        query = sa.select(jobs).where(jobs.c.project == project, jobs.c.deleted_at.is_(None))
+        query = sa.select(jobs).where(jobs.c.project == project, jobs.c.deleted_at.is_(None), *_conditions(only))
         if before is not None:
             query = query.where(jobs.c.id < before)
-        if state is not None:
-            query = query.where(jobs.c.state == state)
-        if name is not None:
-            query = query.where(jobs.c.name == name)
         return self._jobs(query.order_by(jobs.c.id.desc()).limit(limit))
 
     def live(self) -> list[JobRow]:
         """Return every job that has not ended, oldest first."""
         return self._jobs(sa.select(jobs).where(jobs.c.state.not_in(_ENDED)).order_by(jobs.c.id))
+
+    def counts(self) -> dict[JobState, tuple[int, datetime]]:
+        """Return how many jobs that are not deleted are in each state, and when the oldest of them was created."""
+        oldest = sa.func.min(jobs.c.created_at, type_=jobs.c.created_at.type)
+        query = sa.select(jobs.c.state, sa.func.count(), oldest).where(jobs.c.deleted_at.is_(None))
+        with self._engine.begin() as connection:
+            rows = connection.execute(query.group_by(jobs.c.state)).all()
+        return {JobState(state): (count, created_at) for state, count, created_at in rows}
 
     def to_purge(self) -> list[JobRow]:
         """Return deleted jobs whose objects may still be in the bucket."""
@@ -229,6 +254,81 @@ class Store:
             rows = connection.execute(query.order_by(events.c.seq).limit(limit)).mappings().all()
         return [Event.model_validate(dict(row)) for row in rows]
 
+    def retained(self) -> list[JobRow]:
+        """Return the jobs that retention has to look at: until they settle, or for a deletion that was begun."""
+        begun = sa.select(marks.c.job_id).where(marks.c.doomed == 1)
+        due = sa.or_(jobs.c.retention == "active", jobs.c.id.in_(begun))
+        return self._jobs(sa.select(jobs).where(jobs.c.deleted_at.is_(None), due).order_by(jobs.c.id))
+
+    def settle(self, job: JobRow) -> None:
+        """Note that retention has nothing left to do for an ended job."""
+        update = jobs.update().where(jobs.c.id == job.id, jobs.c.state.in_(_ENDED), jobs.c.retention == "active")
+        with self._writer.begin() as connection:
+            connection.execute(update.values(retention="settled", version=jobs.c.version + 1))
+
+    def marks(self, job_id: str) -> list[Mark]:
+        query = sa.select(marks).where(marks.c.job_id == job_id).order_by(marks.c.step)
+        with self._engine.begin() as connection:
+            rows = connection.execute(query).all()
+        return [Mark(CheckpointRef(segment=r.segment, step=r.step), r.marked_at, bool(r.doomed)) for r in rows]
+
+    def mark(self, job_id: str, new: Collection[CheckpointRef], at: datetime) -> None:
+        """Mark checkpoints that bear no mark yet."""
+        if new:
+            rows = [{**_place(job_id, ref), "marked_at": at, "doomed": 0} for ref in new]
+            with self._writer.begin() as connection:
+                connection.execute(marks.insert(), rows)
+
+    def unmark(self, job_id: str, refs: Collection[CheckpointRef]) -> None:
+        """Take marks away: their checkpoints are needed again, or gone."""
+        with self._writer.begin() as connection:
+            for ref in refs:
+                connection.execute(marks.delete().where(*_at(marks, job_id, ref)))
+
+    def doom(self, job: JobRow, ref: CheckpointRef, at: datetime, event: NewEvent | None = None) -> bool:
+        """Decide that a checkpoint goes, with an event that says so once; from here on nothing can pin it.
+
+        False if something pins it now, or if the job's state or attempt are no longer those of `job`.
+        """
+        with self._writer.begin() as connection:
+            present = self._lock(connection, job.id)
+            pinned = connection.execute(sa.select(pins.c.id).where(*_at(pins, job.id, ref), pins.c.expires_at > at))
+            if (present.state, present.attempt) != (job.state, job.attempt) or pinned.first() is not None:
+                return False
+            here = _at(marks, job.id, ref)
+            if connection.execute(sa.select(marks.c.step).where(*here, marks.c.doomed == 1)).first() is None:
+                connection.execute(marks.delete().where(*here))
+                connection.execute(marks.insert().values(**_place(job.id, ref), marked_at=at, doomed=1))
+                self._append(connection, job.id, [event] if event is not None else [])
+        return True
+
+    def pin(self, job_id: str, ref: CheckpointRef, why: str, at: datetime, expires_at: datetime) -> str | None:
+        """Keep a checkpoint from being deleted; return the pin's id, or None if the checkpoint is doomed."""
+        pin = secrets.token_hex(16)  # never one that was used before: whoever held that may still let go of it
+        with self._writer.begin() as connection:
+            self._lock(connection, job_id)
+            doomed = connection.execute(sa.select(marks.c.step).where(*_at(marks, job_id, ref), marks.c.doomed == 1))
+            if doomed.first() is not None:
+                return None
+            connection.execute(pins.delete().where(pins.c.expires_at <= at))
+            connection.execute(pins.insert().values(id=pin, **_place(job_id, ref), why=why, expires_at=expires_at))
+        return pin
+
+    def hold(self, pin: str, expires_at: datetime) -> None:
+        """Let a pin last longer."""
+        with self._writer.begin() as connection:
+            connection.execute(pins.update().where(pins.c.id == pin).values(expires_at=expires_at))
+
+    def unpin(self, pin: str) -> None:
+        with self._writer.begin() as connection:
+            connection.execute(pins.delete().where(pins.c.id == pin))
+
+    def pinned(self, job_id: str, at: datetime) -> set[CheckpointRef]:
+        """Return the checkpoints of a job that something pins."""
+        query = sa.select(pins.c.segment, pins.c.step).where(pins.c.job_id == job_id, pins.c.expires_at > at)
+        with self._engine.begin() as connection:
+            return {CheckpointRef(segment=row.segment, step=row.step) for row in connection.execute(query)}
+
     def find_key(self, sha256: str) -> Key | None:
         """Return an API key by its hash, revoked or not."""
         query = sa.select(api_keys.c.id, api_keys.c.project, api_keys.c.revoked_at)
@@ -259,6 +359,11 @@ class Store:
             return [_job(row) for row in connection.execute(query).mappings()]
 
     @staticmethod
+    def _lock(connection: sa.Connection, job_id: str) -> sa.Row[Any]:
+        """Lock a job's row, so that what depends on it is decided by one transaction after the other; return it."""
+        return connection.execute(sa.select(jobs).where(jobs.c.id == job_id).with_for_update()).one()
+
+    @staticmethod
     def _append(connection: sa.Connection, job_id: str, new_events: Sequence[NewEvent]) -> None:
         """Number and insert events; the job's row is locked by the same transaction, so numbers have no gap."""
         if not new_events:
@@ -272,5 +377,26 @@ class Store:
         connection.execute(events.insert(), rows)
 
 
+def _conditions(only: JobFilter) -> list[sa.ColumnElement[bool]]:
+    """Return a filter as SQL. What a label's key may hold needs no quoting within a JSON path in double quotes."""
+    conditions: list[sa.ColumnElement[bool]] = []
+    if only.states:
+        conditions.append(jobs.c.state.in_(sorted({state.value for state in only.states})))
+    if only.name is not None:
+        conditions.append(jobs.c.name == only.name)
+    for key, value in only.labels:
+        label = jobs.c.labels[key].as_string()
+        conditions.append(label.is_not(None) if value is None else label == value)
+    return conditions
+
+
 def _job(row: sa.RowMapping) -> JobRow:
     return JobRow(**{field.name: row[field.name] for field in dataclasses.fields(JobRow)})
+
+
+def _place(job_id: str, ref: CheckpointRef) -> dict[str, Any]:
+    return {"job_id": job_id, "segment": ref.segment, "step": ref.step}
+
+
+def _at(table: sa.Table, job_id: str, ref: CheckpointRef) -> list[sa.ColumnElement[bool]]:
+    return [table.c.job_id == job_id, table.c.segment == ref.segment, table.c.step == ref.step]

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, Column, DateTime, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import JSON, BigInteger, Column, DateTime, ForeignKey, Index, Integer, MetaData, String, Table, Text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
@@ -53,6 +53,7 @@ jobs = Table(
     Column("ended_at", UtcDateTime),
     Column("deleted_at", UtcDateTime),
     Column("purged_at", UtcDateTime),
+    Column("retention", String(16)),
     Column("version", Integer, nullable=False),
     Index("jobs_by_state", "state"),
     Index("jobs_by_project", "project", "id"),
@@ -89,4 +90,26 @@ api_keys = Table(
     Column("project", String(64), nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("revoked_at", UtcDateTime),
+)
+
+marks = Table(
+    "marks",
+    metadata,
+    Column("job_id", String(32), ForeignKey("jobs.id"), primary_key=True),
+    Column("segment", String(64), primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("marked_at", UtcDateTime, nullable=False),
+    Column("doomed", Integer, nullable=False),
+)
+
+pins = Table(
+    "pins",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("job_id", String(32), ForeignKey("jobs.id"), nullable=False),
+    Column("segment", String(64), nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("why", String(32), nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    Index("pins_by_job", "job_id"),
 )

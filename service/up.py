@@ -31,6 +31,7 @@ class Options:
     port: int | None = None
     dashboard_port: int | None = None
     s3_port: int | None = None
+    metrics_port: int | None = None
     cpus: int = field(default_factory=lambda: os.cpu_count() or 1)
     programs: Programs | None = None
     """None: the installed ones."""
@@ -99,6 +100,8 @@ def table(plan: Plan, profile: Path) -> str:
             f"  API            {plan.url}   (docs: {plan.url}/docs)",
             f"  Ray dashboard  {plan.dashboard}   (token: cat {plan.state / 'ray_token'})",
             f"  S3 endpoint    {plan.s3}   (bucket {BUCKET}; keys: {plan.state / 'credentials'})",
+            f"  Metrics        {plan.metrics}   (control plane; for Prometheus)",
+            f"  Ray metrics    {plan.ray_metrics}   (training jobs and Ray; on every interface)",
             f"  State          {plan.state}",
             f"  Profile        {profile}",
             "",
@@ -213,13 +216,14 @@ def choose_ports(options: Options, say: Callable[[str], None]) -> Ports:
         ("API", "--port", options.port, 8700),
         ("Ray dashboard", "--dashboard-port", options.dashboard_port, 8265),
         ("S3", "--s3-port", options.s3_port, 9000),
+        ("Metrics", "--metrics-port", options.metrics_port, 8701),
     )
     named = [port for _, _, port, _ in wishes if port]
     if len(set(named)) < len(named):
-        raise UpError("--port, --dashboard-port and --s3-port must differ from each other.")
-    spares = iter(processes.free_ports(8, avoid=[*named, *(default for *_, default in wishes)]))
-    api, dashboard, s3 = (_port(*wish, named, spares, say) for wish in wishes)
-    return Ports(api, dashboard, s3, ray=tuple(next(spares) for _ in range(5)))
+        raise UpError("--port, --dashboard-port, --s3-port and --metrics-port must differ from each other.")
+    spares = iter(processes.free_ports(9, avoid=[*named, *(default for *_, default in wishes)]))
+    api, dashboard, s3, metrics = (_port(*wish, named, spares, say) for wish in wishes)
+    return Ports(api, dashboard, s3, metrics, ray=tuple(next(spares) for _ in range(5)))
 
 
 def _port(

@@ -82,6 +82,9 @@ class MemoryBucket(Bucket):
         with self._lock:
             return [ObjectInfo(key, len(body)) for key, body in sorted(self.content.items()) if key.startswith(prefix)]
 
+    def files(self, prefix: str) -> list[ObjectInfo]:
+        return [item for item in self.objects(prefix) if "/" not in item.key[len(prefix) :]]
+
     def folders(self, prefix: str) -> list[str]:
         rests = [item.key[len(prefix) :] for item in self.objects(prefix)]
         return sorted({rest.split("/", 1)[0] for rest in rests if "/" in rest})
@@ -205,6 +208,7 @@ def row(number: int, spec: TrainSpec | PrepareSpec | None = None, **fields: Any)
         "created_at": T0,
         "message": "accepted",
         "progress": Progress(total_steps=10).model_dump(),
+        "retention": "active" if isinstance(spec, TrainSpec) else None,
     }
     return JobRow(**{**defaults, **fields})
 

@@ -38,7 +38,12 @@ def some_text(seed: int, length: int) -> str:
 def settings_for(storage: str, cache: Path) -> WorkerSettings:
     """Short clocks, but nothing that a test must wait for."""
     return WorkerSettings(
-        storage=storage, cache=cache, stream_interval=0.5, control_interval=0.02, receipt_timeout=30.0
+        storage=storage,
+        cache=cache,
+        stream_interval=0.5,
+        control_interval=0.02,
+        receipt_timeout=30.0,
+        peak_seconds=0.0,
     )
 
 

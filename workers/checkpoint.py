@@ -71,6 +71,11 @@ def part_of(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:
     return mine
 
 
+def sha256_of(tensor: Tensor) -> str:
+    """Return the sha256 of a contiguous CPU tensor's bytes, which are the bytes that safetensors writes for it."""
+    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
 class CheckpointWriter:
     """Writes this rank's parts in the background, one checkpoint at a time."""
 
@@ -132,6 +137,7 @@ class CheckpointWriter:
 
     def _write_part(self, checkpoint: CheckpointLayout, snapshot: State) -> None:
         rank, world_size = self._session.rank, self._session.world_size
+        tensors = {name: sha256_of(tensor) for name, tensor in snapshot.items() if name.startswith("model.")}
         body = save(snapshot)
         digest = hashlib.sha256(body).hexdigest()
         key = checkpoint.part(rank, world_size)
@@ -141,7 +147,7 @@ class CheckpointWriter:
         if hashlib.sha256(self._bucket.get(key)).hexdigest() != digest:
             raise StorageUnavailable(f"{key} reads back otherwise than it was written")
         name = key.removeprefix(checkpoint.prefix)
-        receipt = Receipt(rank=rank, name=name, size=size, sha256=digest)
+        receipt = Receipt(rank=rank, name=name, size=size, sha256=digest, tensors=tensors)
         self._bucket.put_document(checkpoint.receipt(rank, world_size), receipt)
 
     def _await_receipts(self, checkpoint: CheckpointLayout) -> list[Receipt]:

@@ -45,16 +45,18 @@ class Control:
     def close(self) -> None:
         self._closed.set()
 
-    def check(self, fault: LockstepError | None = None) -> None:
-        """Meet with all ranks; raise Halt on every one of them if a stop is wanted or any rank has a fault."""
+    def check(self, fault: LockstepError | None = None, reason: Reason = Reason.INVALID_DATA) -> None:
+        """Meet with all ranks; raise Halt on every one of them if a stop is wanted or any rank has a fault.
+
+        `reason` is what a fault at this place means, the same on every rank.
+        """
         mine = _FAULT if fault is not None else _CODES[self._wish]
         (code,) = self._session.maximum(mine)
         if code in _STOPS:
-            reason, message = _STOPS[code]
-            raise Halt("stopped", reason, message)
+            raise Halt("stopped", *_STOPS[code])
         if code == _FAULT:
             messages = self._session.gather(str(fault) if fault is not None else "")
-            raise Halt("failed", Reason.INVALID_DATA, next(message for message in messages if message))
+            raise Halt("failed", reason, next(message for message in messages if message))
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):

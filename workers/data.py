@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -10,31 +11,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from api.arithmetic import BATCHES_AHEAD
 from api.documents import DatasetDocument
 from api.errors import InvalidData
 from api.layout import DatasetLayout
 from api.storage import Bucket
 from workers.blocks import BlockCache, Shard
+from workers.cache import DEFAULT_CACHE_BYTES, CacheFolder
 from workers.order import Indices, SampleOrder, ShardShape
 
-_BATCHES_AHEAD = 16
-"""Deep enough to cover a machine that is busy for a while; a batch of token ids is small."""
+_CLOSE_SECONDS = 5.0
+"""How long the end of a run waits for its reader, which may be waiting for the store."""
 
 
 class TokenSplit:
     """One split of a dataset: random access to its samples by position in the order, or by plain number."""
 
     def __init__(
-        self, bucket: Bucket, layout: DatasetLayout, dataset: DatasetDocument, split: str, cache: Path
+        self,
+        bucket: Bucket,
+        layout: DatasetLayout,
+        dataset: DatasetDocument,
+        split: str,
+        cache: Path,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         """InvalidData if the dataset has no such split."""
         if split not in dataset.splits:
             raise InvalidData(f"dataset {dataset.name}@{dataset.version} has no {split} split")
         dtype = np.dtype("<u2") if dataset.dtype == "uint16" else np.dtype("<u4")
         documents = dataset.splits[split].shards
-        self.shards = [Shard(f"{layout.prefix}{split}/{doc.name}", doc, dtype) for doc in documents]
+        self.shards = [
+            Shard(layout.shard_file(split, doc.name), doc, dtype, layout.block_records(doc.name)) for doc in documents
+        ]
         self.shapes = [ShardShape(doc.tokens, dtype.itemsize) for doc in documents]
-        self.cache = BlockCache(bucket, self.shards, cache)
+        self.cache = BlockCache(bucket, self.shards, CacheFolder(cache, cache_bytes))
         self._name, self._vocab_size = f"the {split} split of {dataset.name}@{dataset.version}", dataset.vocab_size
 
     def read(self, shard: Indices, sample: Indices, sequence_length: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +53,10 @@ class TokenSplit:
         T = sequence_length
         windows = np.stack([self.cache.tokens(int(s), int(i) * T, T + 1) for s, i in zip(shard, sample, strict=True)])
         if windows.max() >= self._vocab_size:
-            raise InvalidData(f"token {windows.max()} lies outside the vocabulary of {self._vocab_size}")
+            raise InvalidData(
+                f"a token with the id {windows.max()} in {self._name} lies outside the vocabulary of "
+                f"{self._vocab_size}; the vocabulary must be the one of the tokenizer that made the shards"
+            )
         tokens = torch.from_numpy(windows)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -73,7 +87,7 @@ class TrainBatches:
         self._split, self._T = split, sequence_length
         self._order = SampleOrder(split.shapes, sequence_length, seed)
         self._global_size, self._micro_size, self._micros = global_size, micro_size, micro_range
-        self._ready: queue.Queue[list[tuple[Tensor, Tensor]] | Exception] = queue.Queue(_BATCHES_AHEAD)
+        self._ready: queue.Queue[list[tuple[Tensor, Tensor]] | Exception] = queue.Queue(BATCHES_AHEAD)
         self._stop = threading.Event()
         self.waited = 0.0
         """Seconds that the training thread has waited for data."""
@@ -93,8 +107,13 @@ class TrainBatches:
         return item
 
     def close(self) -> None:
+        """Stop reading. A thread inside torch would abort the process if the interpreter ended around it."""
         self._stop.set()
         self._split.cache.close()
+        with suppress(queue.Empty):
+            while True:  # the reader may be waiting for a free place
+                self._ready.get_nowait()
+        self._thread.join(_CLOSE_SECONDS)
 
     def _produce(self, step: int) -> None:
         try:

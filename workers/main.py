@@ -84,9 +84,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """Run on every rank."""
     settings = WorkerSettings()
     job = JobDocument.model_validate_json(config["job"])
-    spec = job.spec
-    assert isinstance(spec, TrainSpec)
-    result = train(job, current_session(config["attempt"], spec.resources.gpus), Bucket(settings.storage), settings)
+    result = train(job, current_session(job, config["attempt"]), Bucket(settings.storage), settings)
     return result.model_dump(mode="json")
 
 

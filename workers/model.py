@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from api.spec import ModelSpec
+from api.spec import ModelSpec, Precision
 
 
 def make_norm(spec: ModelSpec) -> nn.Module:
@@ -31,10 +31,14 @@ def rotary_table(length: int, dim: int) -> Tensor:
 
 
 def rotate(x_BHTE: Tensor, table_2TE: Tensor) -> Tensor:
-    """Turn each pair (x[e], x[e + E/2]) by its position's angle, so that q·k depends on distance alone."""
-    cos, sin = table_2TE.to(x_BHTE.dtype)
+    """Turn each pair (x[e], x[e + E/2]) by its position's angle, so that q·k depends on distance alone.
+
+    It computes in the table's precision: in bf16, with its 8 bits, far positions would share their angles.
+    """
+    cos, sin = table_2TE
     first, second = x_BHTE.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned_BHTE = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned_BHTE.to(x_BHTE.dtype)
 
 
 class Attention(nn.Module):
@@ -100,13 +104,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens in, next-token logits out; with targets, their summed cross-entropy in nats."""
+    """Tokens in, next-token logits out; with targets, their summed cross-entropy in nats.
+
+    Under `bf16` matrices are multiplied in bfloat16 (torch.autocast); weights, residual stream, norms and loss stay in
+    fp32, and so do the gradients. That holds for whoever calls the model: training, evaluation and generation alike.
+    """
 
     rotary: Tensor | None
 
-    def __init__(self, spec: ModelSpec, vocab_size: int, sequence_length: int) -> None:
+    def __init__(self, spec: ModelSpec, vocab_size: int, sequence_length: int, precision: Precision = "fp32") -> None:
         super().__init__()
-        self.sequence_length = sequence_length
+        self.sequence_length, self.precision = sequence_length, precision
         self.embedding = nn.Embedding(vocab_size, spec.width)
         self.position = nn.Embedding(sequence_length, spec.width) if spec.positions == "learned" else None
         table = rotary_table(sequence_length, spec.head_dim) if spec.positions == "rotary" else None
@@ -130,6 +138,13 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Return logits (B, T, V), or given targets the sum of their cross-entropies (a scalar)."""
+        with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits_BTV = self._logits(tokens_BT)
+        if targets_BT is None:
+            return logits_BTV
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
+
+    def _logits(self, tokens_BT: Tensor) -> Tensor:
         T = tokens_BT.shape[1]
         x_BTD = self.embedding(tokens_BT)
         if self.position is not None:
@@ -139,9 +154,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD, rotary)
         logits_BTV: Tensor = self.output(self.norm(x_BTD))
-        if targets_BT is None:
-            return logits_BTV
-        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
+        return logits_BTV
 
 
 @torch.no_grad()

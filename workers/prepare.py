@@ -4,6 +4,7 @@ It leaves the same traces as a training attempt (a segment with metrics, events,
 same states and progress. It runs in one process; the same spec and text give the same bytes.
 """
 
+import hashlib
 import sys
 from typing import Literal
 
@@ -86,6 +87,7 @@ def prepare(job: JobDocument, spec: PrepareSpec, segment: Segment, control: Cont
         name=spec.dataset,
         version=job.id,
         tokenizer=spec.tokenizer.type,
+        tokenizer_sha256=hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
         vocab_size=vocab_size,
         dtype=dtype,
         splits=splits,

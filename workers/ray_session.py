@@ -1,16 +1,29 @@
 """The one place, with `main.py`, where workers meet Ray: who am I in the group, and which start of it is this?"""
 
 import os
+from collections.abc import Mapping
 
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.util.metrics import Gauge
 
+from api.documents import JobDocument
+from api.spec import TrainSpec
 from workers.session import Session
 
 _RESTART = "LOCKSTEP_RESTART"
+_GAUGES = {
+    "step": "Optimizer steps done",
+    "loss": "Mean training loss since the metric line before, in nats per token",
+    "tokens_per_second": "Tokens trained per second, over all workers",
+    "utilisation": "Model FLOP/s as a fraction of the peak measured at the start, over all workers",
+    "data_wait": "Fraction of the time that training waited for data",
+    "checkpoint_stall": "Fraction of the time that checkpoints held the training",
+}
+"""What Ray's metrics port shows, with the names that metric lines have."""
 
 
 def connect() -> str:
@@ -40,10 +53,26 @@ def _set_restart(restart: int) -> None:
     os.environ[_RESTART] = str(restart)
 
 
-def current_session(attempt: int, gpus: int) -> Session:
+class Gauges:
+    """Figures of a job as Prometheus series `lockstep_<name>` on Ray's own metrics port, which puts `ray_` before."""
+
+    def __init__(self, job: JobDocument, attempt: int) -> None:
+        tags = {"job_id": job.id, "job_name": job.spec.name, "attempt": str(attempt)}
+        self._gauges = {name: Gauge(f"lockstep_{name}", text, tuple(tags)) for name, text in _GAUGES.items()}
+        for gauge in self._gauges.values():
+            gauge.set_default_tags(tags)
+
+    def show(self, values: Mapping[str, float]) -> None:
+        for name in self._gauges.keys() & values.keys():
+            self._gauges[name].set(values[name])
+
+
+def current_session(job: JobDocument, attempt: int) -> Session:
     """Return this rank's session, inside a Ray Train worker. A GPU is used only if Ray reserved one for the rank."""
+    spec = job.spec
+    assert isinstance(spec, TrainSpec)
     context = ray.train.get_context()
-    device = ray.train.torch.get_device() if gpus else torch.device("cpu")
+    device = ray.train.torch.get_device() if spec.resources.gpus else torch.device("cpu")
     assert context.get_world_size() == 1 or dist.is_initialized()
     return Session(
         attempt=attempt,
@@ -51,4 +80,5 @@ def current_session(attempt: int, gpus: int) -> Session:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=device,
+        show=Gauges(job, attempt).show,
     )

@@ -15,6 +15,7 @@ import torch
 from api.documents import CheckpointRef, Fingerprint, JobDocument, ResultDocument, SegmentDocument, now
 from api.errors import StorageError
 from api.layout import JobLayout, SegmentId, SegmentLayout
+from api.spec import TrainSpec
 from api.storage import Bucket
 from workers.checkpoint import Restored, newest_valid, read_checkpoint, read_segments
 from workers.session import Session
@@ -121,16 +122,17 @@ def _notes(
     return notes
 
 
-def fingerprint_of(device: torch.device, threads: int, precision: str, compile: bool, world_size: int) -> Fingerprint:
+def fingerprint_of(spec: TrainSpec, session: Session) -> Fingerprint:
     """Return what must be equal for two runs to agree to the bit."""
+    device = session.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return Fingerprint(
         torch=str(torch.__version__),
         device=name,
-        threads=threads,
-        compile=compile,
-        precision=precision,
-        world_size=world_size,
+        threads=spec.resources.cpus,
+        compile=spec.compile,
+        precision=spec.precision,
+        world_size=None if spec.determinism == "elastic" else session.world_size,
     )
 
 

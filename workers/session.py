@@ -3,6 +3,7 @@
 The loop calls nothing of Ray. Whoever starts it has made torch's process group (or none, for one process).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -10,6 +11,10 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+def show_nothing(values: Mapping[str, float]) -> None:
+    """Where nobody watches, the figures are in the metric lines alone."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,8 @@ class Session:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    show: Callable[[Mapping[str, float]], None] = show_nothing
+    """Shows the newest figures, by name, to whoever watches live; rank 0 calls it with each metric line."""
 
     @property
     def leads(self) -> bool:

@@ -4,9 +4,19 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from workers.cache import DEFAULT_CACHE_BYTES
+
 
 def _seconds(name: str, default: float) -> float:
     return float(os.environ.get(name, default))
+
+
+def _bytes(name: str, default: int) -> int:
+    """Read a number of bytes; ValueError for anything but digits."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name} is a number of bytes in digits, such as {default}; not {text!r}")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -15,9 +25,14 @@ class WorkerSettings:
 
     storage: str = field(default_factory=lambda: os.environ["LOCKSTEP_STORAGE"])
     cache: Path = field(default_factory=lambda: Path(os.environ.get("LOCKSTEP_CACHE", "/tmp/lockstep-cache")))
+    """Where blocks of token shards are kept: a folder on a local disk, shared by all ranks and jobs of the machine."""
+    cache_bytes: int = field(default_factory=lambda: _bytes("LOCKSTEP_CACHE_BYTES", DEFAULT_CACHE_BYTES))
+    """The most that those blocks take on disk; what finds no room is read into memory. 0 keeps nothing on disk."""
     stream_interval: float = field(default_factory=lambda: _seconds("LOCKSTEP_STREAM_INTERVAL", 2.0))
     """Least time between two writes of a stream of metric lines or log lines."""
     control_interval: float = field(default_factory=lambda: _seconds("LOCKSTEP_CONTROL_INTERVAL", 1.0))
     """Time between two looks at the control object."""
     receipt_timeout: float = field(default_factory=lambda: _seconds("LOCKSTEP_RECEIPT_TIMEOUT", 600.0))
     """How long rank 0 waits for the other ranks' parts of a checkpoint."""
+    peak_seconds: float = field(default_factory=lambda: _seconds("LOCKSTEP_PEAK_SECONDS", 0.3))
+    """How long each start measures what the hardware can do; with 0 it does not, and no utilisation is told."""

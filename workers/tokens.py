@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from api.documents import ShardDocument
+from api.errors import InvalidData
+from api.names import END_OF_TEXT
 from api.spec import TokenizerSpec
 from workers.order import BLOCK_BYTES
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
@@ -48,6 +48,23 @@ def _characters(texts: Iterable[str]) -> Tokenizer:
 
 def _escaped(alphabet: list[str]) -> str:
     return "".join(f"\\x{{{ord(character):x}}}" for character in alphabet)
+
+
+def read_tokenizer(body: bytes, sha256: str | None, key: str) -> Tokenizer:
+    """Return the tokenizer of a `tokenizer.json`; InvalidData if it is not what `dataset.json` says, or is none.
+
+    `sha256` is None in a `dataset.json` of before it was recorded.
+    """
+    found = hashlib.sha256(body).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise InvalidData(
+            f"{key} is not what dataset.json says: sha256 {found} instead of {sha256}. "
+            "The object was changed or damaged; prepare the dataset again"
+        )
+    try:
+        return Tokenizer.from_str(body.decode())
+    except Exception as error:  # the library raises nothing narrower
+        raise InvalidData(f"{key} is no tokenizer ({error}); prepare the dataset again") from error
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], batch: int = 64) -> Iterator[NDArray[np.int64]]:

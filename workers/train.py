@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from api.arithmetic import flops_per_token, samples, total_steps
+from api.datasets import find_dataset
 from api.documents import CheckpointRef, DatasetDocument, JobDocument, Manifest, ResultDocument, now
 from api.errors import InvalidData, LockstepError, ObjectMissing, StorageError
 from api.jobs import Reason
@@ -24,15 +25,19 @@ from api.layout import DatasetLayout, JobLayout
 from api.spec import SampleSpec, TrainSpec
 from api.storage import Bucket
 from workers.checkpoint import CheckpointWriter, Restored, State, load_state, state_of
+from workers.compile import compile_blocks
 from workers.control import Control, Halt
 from workers.data import TokenSplit, TrainBatches
 from workers.evaluate import evaluate
 from workers.metrics import Meter
 from workers.model import Transformer, generate
 from workers.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from workers.peak import measure_peak
 from workers.segment import Segment, begin_segment, fingerprint_of
 from workers.session import Session
 from workers.settings import WorkerSettings
+from workers.tokens import read_tokenizer
+from workers.tree import Partial, across_ranks, push, put_root, same_start, take_leaf
 
 logger = logging.getLogger("lockstep.workers")
 
@@ -46,8 +51,7 @@ def train(job: JobDocument, session: Session, bucket: Bucket, settings: WorkerSe
     spec = job.spec
     assert isinstance(spec, TrainSpec)
     torch.set_num_threads(spec.resources.cpus)
-    fingerprint = fingerprint_of(session.device, spec.resources.cpus, spec.precision, spec.compile, session.world_size)
-    segment, origin = begin_segment(job, session, bucket, fingerprint, settings.stream_interval)
+    segment, origin = begin_segment(job, session, bucket, fingerprint_of(spec, session), settings.stream_interval)
     control = Control(bucket, segment.job.control(session.attempt), session, settings.control_interval)
     run: Run | None = None
     try:
@@ -84,7 +88,8 @@ class Run:
     segment: Segment
     control: Control
     dataset: DatasetDocument
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None if the dataset is a folder of bare shards."""
     model: Transformer
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
@@ -119,13 +124,12 @@ class Run:
 def run_steps(run: Run) -> ResultDocument:
     """Run from `run.step` to the end: micro-batches, reduce, clip, finite check, optimizer; then what is due."""
     spec = run.spec
-    tokens_per_step = spec.batch.global_size * spec.data.sequence_length
     warm_up(run)
     while run.step < run.total_steps:
         step = run.step + 1
         run.evaluation = {}
         micro_batches = next_batch(run)
-        accumulate_gradients(run, step, micro_batches, scale=run.session.world_size / tokens_per_step)
+        accumulate_gradients(run, step, micro_batches)
         norm = float(clip_gradients(run.model, spec.clip))
         if not math.isfinite(norm):
             raise Halt("failed", Reason.NON_FINITE_LOSS, f"the gradient of step {step} is not finite ({norm})")
@@ -157,18 +161,50 @@ def next_batch(run: Run) -> list[tuple[Tensor, Tensor]]:
     return micro_batches
 
 
-def accumulate_gradients(run: Run, step: int, micro_batches: list[tuple[Tensor, Tensor]], scale: float) -> None:
-    """Add up the gradients of the global batch's mean loss; only the last micro-batch is synchronised.
+def accumulate_gradients(run: Run, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+    """Leave the gradients of the global batch's mean loss in the parameters, the same on every rank."""
+    if run.spec.determinism == "elastic":
+        sum_in_a_tree(run, step, micro_batches)
+    else:
+        sum_by_ddp(run, step, micro_batches)
 
-    `scale` is world size / tokens of the global batch: DDP averages over ranks, and the mean is over all tokens.
-    """
-    first = run.session.rank * len(micro_batches)
-    for i, (tokens_BT, targets_BT) in enumerate(micro_batches):
-        torch.manual_seed(dropout_seed(run.spec.seed, step, first + i))
+
+def sum_by_ddp(run: Run, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+    """Add up this rank's gradients; only the last micro-batch is synchronised, while its backward runs."""
+    scale = run.session.world_size / tokens_per_step(run.spec)  # DDP averages over ranks, the mean is over all tokens
+    for i, micro_batch in enumerate(micro_batches):
         with no_sync(run) if i < len(micro_batches) - 1 else nullcontext():
-            loss = run.parallel(tokens_BT.to(run.session.device), targets_BT.to(run.session.device))
-            (loss * scale).backward()
-        run.loss_sum += loss.detach().double()
+            loss = forward_backward(run, step, run.session.rank * len(micro_batches) + i, micro_batch, scale)
+        run.loss_sum += loss.double()
+
+
+def sum_in_a_tree(run: Run, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+    """Sum gradients and losses in an order that the world size does not change (see workers/tree.py).
+
+    Every rank then knows the loss of all of them; rank 0 alone keeps it.
+    """
+    parameters = list(run.model.parameters())
+    partials: list[Partial] = []
+    for i, micro_batch in enumerate(micro_batches):
+        place = run.session.rank * len(micro_batches) + i
+        loss = forward_backward(run, step, place, micro_batch, 1 / tokens_per_step(run.spec))
+        push(partials, take_leaf(parameters, loss))
+    (subtree,) = partials
+    run.loss_sum += put_root(parameters, across_ranks(subtree.total, run.session)).double() * run.session.leads
+
+
+def forward_backward(run: Run, step: int, place: int, micro_batch: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Add the gradients of scale × the loss of a micro-batch, by its place in the global batch; return the loss."""
+    torch.manual_seed(dropout_seed(run.spec.seed, step, place))
+    tokens_BT, targets_BT = micro_batch
+    loss = run.parallel(tokens_BT.to(run.session.device), targets_BT.to(run.session.device))
+    (loss * scale).backward()
+    value: Tensor = loss.detach()
+    return value
+
+
+def tokens_per_step(spec: TrainSpec) -> int:
+    return spec.batch.global_size * spec.data.sequence_length
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -192,7 +228,7 @@ def warm_up(run: Run) -> None:
     DDP puts its gradient buckets into another order after the first backward. Without this, the first step after
     a resume would sum in another order than the same step of an uninterrupted run.
     """
-    if run.session.world_size == 1:
+    if not isinstance(run.parallel, DistributedDataParallel):
         return
     shape = (run.spec.micro_batch, run.spec.data.sequence_length)
     tokens_BT = torch.zeros(shape, dtype=torch.int64, device=run.session.device)
@@ -203,14 +239,17 @@ def warm_up(run: Run) -> None:
 def log(run: Run, rate: float, norm: float) -> None:
     """Write a metric line: the mean loss of the steps since the last multiple of `log_every`, and how it went."""
     every = run.spec.log_every
-    tokens_per_step = run.spec.batch.global_size * run.spec.data.sequence_length
+    tokens = tokens_per_step(run.spec)
     steps = run.step % every or every
-    loss = float(run.session.total(run.loss_sum.view(1))) / (steps * tokens_per_step)
+    loss = float(run.session.total(run.loss_sum.view(1))) / (steps * tokens)
     run.loss_sum.zero_()
     trained = run.step - run.logged_step
-    values = run.meter.line(trained, trained * tokens_per_step, run.batches.waited, run.writer.stalled)
+    values = run.meter.line(trained, trained * tokens, run.batches.waited, run.writer.stalled)
     run.logged_step = run.step
-    run.segment.journal.metrics(run.step, {"loss": loss, "learning_rate": rate, "grad_norm": norm, **values})
+    line = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **values}
+    run.segment.journal.metrics(run.step, line)
+    if run.session.leads:
+        run.session.show({"step": run.step, **line})
 
 
 def evaluate_now(run: Run) -> None:
@@ -243,19 +282,21 @@ def finish(run: Run) -> ResultDocument:
     assert run.checkpoint is not None  # one follows the last step
     values: dict[str, Any] = {
         **run.evaluation,
-        "unigram_loss": run.dataset.unigram_loss,
+        **({} if run.dataset.unigram_loss is None else {"unigram_loss": run.dataset.unigram_loss}),
         "checkpoint": run.segment.job.segment(run.checkpoint.segment).checkpoint(run.step).prefix,
     }
-    if run.spec.sample is not None and run.session.leads:
-        values["sample"] = sample(run, run.spec.sample)
+    if run.spec.sample is not None and run.tokenizer is not None and run.session.leads:
+        values["sample"] = sample(run, run.spec.sample, run.tokenizer)
     return outcome("succeeded", Reason.COMPLETED, f"trained {run.step} steps", run.step, values)
 
 
-def sample(run: Run, spec: SampleSpec) -> str:
-    prompt = run.tokenizer.encode(spec.prompt).ids or [0]
+def sample(run: Run, spec: SampleSpec, tokenizer: Tokenizer) -> str:
+    prompt = tokenizer.encode(spec.prompt).ids or [0]
     generator = torch.Generator().manual_seed(run.spec.seed & 0xFFFFFFFF)
-    tokens = generate(run.model, prompt, spec.tokens, spec.temperature, generator)
-    return spec.prompt + run.tokenizer.decode(tokens)
+    # The context grows by a token at a time; compiled blocks would be compiled anew for each of its lengths.
+    with torch.compiler.set_stance("force_eager") if run.spec.compile else nullcontext():
+        tokens = generate(run.model, prompt, spec.tokens, spec.temperature, generator)
+    return spec.prompt + tokenizer.decode(tokens)
 
 
 def outcome(kind: Any, reason: Reason, message: str, step: int, values: dict[str, Any]) -> ResultDocument:
@@ -270,16 +311,19 @@ def prepare_run(
     fault: LockstepError | None = None
     try:
         dataset, tokenizer, layout = open_dataset(job, spec, bucket)
-        train_split = TokenSplit(bucket, layout, dataset, "train", settings.cache)
-        eval_split = TokenSplit(bucket, layout, dataset, "eval", settings.cache)
+        train_split = TokenSplit(bucket, layout, dataset, "train", settings.cache, settings.cache_bytes)
+        eval_split = TokenSplit(bucket, layout, dataset, "eval", settings.cache, settings.cache_bytes)
         for split in (train_split, eval_split):
             split.require(spec.data.sequence_length)
     except (InvalidData, ObjectMissing) as error:
         fault = error
     control.check(fault)
 
+    peak = measure_peak(session, spec.precision, settings.peak_seconds)
     torch.manual_seed(dropout_seed(spec.seed, 0, 0))
-    model = Transformer(spec.model, dataset.vocab_size, spec.data.sequence_length).to(session.device)
+    model = Transformer(spec.model, dataset.vocab_size, spec.data.sequence_length, spec.precision).to(session.device)
+    if spec.compile:
+        control.check(compile_blocks(model, spec.micro_batch), Reason.UNSUPPORTED)
     optimizer = make_optimizer(model, spec.optimizer)
     if origin.step:
         load_state(model, optimizer, origin.state)
@@ -314,12 +358,12 @@ def prepare_run(
         dataset=dataset,
         tokenizer=tokenizer,
         model=model,
-        parallel=data_parallel(model, session),
+        parallel=data_parallel(model, session, spec.determinism),
         optimizer=optimizer,
         batches=batches,
         eval_split=eval_split,
         writer=writer,
-        meter=Meter(flops, session.device),
+        meter=Meter(flops, session.device, peak),
         total_steps=steps,
         step=origin.step,
         logged_step=origin.step,
@@ -329,16 +373,26 @@ def prepare_run(
     )
 
 
-def open_dataset(job: JobDocument, spec: TrainSpec, bucket: Bucket) -> tuple[DatasetDocument, Tokenizer, DatasetLayout]:
-    """Return the pinned dataset; InvalidData or ObjectMissing say what is wrong with it."""
+def open_dataset(
+    job: JobDocument, spec: TrainSpec, bucket: Bucket
+) -> tuple[DatasetDocument, Tokenizer | None, DatasetLayout]:
+    """Return the pinned dataset, and its tokenizer if it has one; InvalidData or ObjectMissing say what is wrong."""
     name = spec.data.dataset.partition("@")[0]
     layout = DatasetLayout(job.project, name, job.dataset_version or "")
-    dataset = bucket.get_document(layout.document, DatasetDocument)
-    return dataset, Tokenizer.from_str(bucket.get(layout.tokenizer).decode()), layout
+    dataset = find_dataset(bucket, job.project, f"{name}@{layout.version}", spec.model.vocab_size)
+    if layout.is_bare:
+        return dataset, None, layout
+    return dataset, read_tokenizer(bucket.get(layout.tokenizer), dataset.tokenizer_sha256, layout.tokenizer), layout
 
 
-def data_parallel(model: Transformer, session: Session) -> nn.Module:
-    """Wrap for gradient averaging over ranks, overlapped with the backward pass; one process needs none."""
+def data_parallel(model: Transformer, session: Session, determinism: str) -> nn.Module:
+    """Wrap for gradient averaging over ranks, overlapped with the backward pass; one process needs none.
+
+    Elastic runs average in an order of their own, so they need only the same start on every rank.
+    """
+    if determinism == "elastic":
+        same_start(model, session)
+        return model
     if session.world_size == 1:
         return model
     device_ids = [session.device] if session.device.type == "cuda" else None

@@ -55,3 +55,8 @@ def undisturbed(stack: Stack, dataset: Job) -> Job:
     done = follow(stack.client, stack.client.submit(KILL_SPEC))
     assert done.state is JobState.SUCCEEDED, done.message
     return done
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the test that stops the shared stack behind all others."""
+    items.sort(key=lambda item: item.path.name == "test_stop.py")

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from api.client import Client
 from api.documents import CheckpointRef
@@ -66,20 +68,32 @@ class Stack:
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)
 
+    def address(self, title: str) -> str:
+        """Return where something is, by what `up` called it when all was ready."""
+        said = self.state.with_suffix(".log").read_text()
+        line = next(line for line in said.splitlines() if line.startswith(f"  {title} "))
+        return next(word for word in line.split() if word.startswith("http://"))
+
+    def scrape(self, title: str) -> list[Sample]:
+        """Return the samples at an address for Prometheus."""
+        with urllib.request.urlopen(self.address(title), timeout=10) as response:
+            families = text_string_to_metric_families(response.read().decode())
+            return [sample for family in families for sample in family.samples]
+
     def submissions(self, job: Job) -> list[str]:
         """Return the submission ids of a job that Ray knows, in order."""
         rows = self.ray("/api/jobs/")
         return sorted(row["submission_id"] for row in rows if (row["metadata"] or {}).get("job_id") == job.id)
 
     def train_run(self, name: str) -> Any:
-        """Return a run of the dashboard's Train page by its name."""
+        """Return a run that the dashboard's API knows of Ray Train, by its name."""
         return next(run for run in self.ray("/api/train/v2/runs/v1")["train_runs"] if run["name"] == name)
 
 
 @contextmanager
 def running_stack(state: Path, cpus: int) -> Iterator[Stack]:
     """Start `up` on free ports; stop it with SIGTERM at the end."""
-    ports = {name: free_port() for name in ("port", "dashboard-port", "s3-port")}
+    ports = {name: free_port() for name in ("port", "dashboard-port", "s3-port", "metrics-port")}
     options = [f"--{name}={port}" for name, port in ports.items()]
     command = [sys.executable, "-m", "service.cli", "up", "--state", str(state), "--cpus", str(cpus), *options]
     environment = os.environ | CLOCKS | {"LOCKSTEP_PROFILE": str(state.with_suffix(".profile"))}

@@ -37,7 +37,7 @@ def test_a_job_succeeds_and_leaves_its_history(undisturbed: Job, stack: Stack) -
 
 def test_ray_shows_the_job_by_name_and_id_and_the_train_run_with_its_workers(undisturbed: Job, stack: Stack) -> None:
     (row,) = [r for r in stack.ray("/api/jobs/") if (r["metadata"] or {}).get("job_id") == undisturbed.id]
-    assert row["metadata"]["name"] == "kill-me"
+    assert row["metadata"]["job_name"] == "kill-me"
     assert row["status"] == "SUCCEEDED"
     run = stack.train_run(f"{undisturbed.id}-1")
     assert run["status"] == "FINISHED"

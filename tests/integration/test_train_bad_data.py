@@ -1,6 +1,8 @@
 """Data that is damaged, missing or too little ends a run with an outcome that says what and where; never silently."""
 
 import hashlib
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from tests.training import (
     train_alone,
     train_job,
 )
+from workers.cache import CacheFolder
 from workers.data import TokenSplit, TrainBatches
 from workers.settings import WorkerSettings
 
@@ -49,6 +52,7 @@ def test_a_flipped_bit_in_a_shard_is_found_by_its_digest(bucket: Bucket, setting
     message = failure(bucket, settings)
     described = make_dataset(bucket, settings, "again").splits[split].shards[0]
     assert shard in message
+    assert described.blocks is not None
     assert described.blocks[0] in message
     assert "prepare the dataset again" in message
 
@@ -74,11 +78,32 @@ def test_a_shard_cut_short_is_named(bucket: Bucket, settings: WorkerSettings) ->
     assert shard in failure(bucket, settings)
 
 
-@pytest.mark.parametrize("name", ["document", "tokenizer"])
-def test_a_missing_part_of_the_dataset_is_named(bucket: Bucket, settings: WorkerSettings, name: str) -> None:
-    key = getattr(dataset_layout(), name)
-    drop(bucket, key)
-    assert f"{key} does not exist" in failure(bucket, settings)
+def test_a_dataset_without_its_document_is_none(bucket: Bucket, settings: WorkerSettings) -> None:
+    drop(bucket, dataset_layout().document)
+    assert "dataset words@v1 has no dataset.json" in failure(bucket, settings)
+
+
+def test_a_missing_tokenizer_is_named(bucket: Bucket, settings: WorkerSettings) -> None:
+    drop(bucket, dataset_layout().tokenizer)
+    assert f"{dataset_layout().tokenizer} does not exist" in failure(bucket, settings)
+
+
+def test_another_tokenizer_than_the_dataset_was_made_with_is_refused(bucket: Bucket, settings: WorkerSettings) -> None:
+    key = dataset_layout().tokenizer
+    rewrite(bucket, key, lambda body: body.replace(b'"a"', b'"A"'))
+    message = failure(bucket, settings)
+    assert f"{key} is not what dataset.json says: sha256" in message
+    assert "prepare the dataset again" in message
+
+
+def test_a_dataset_of_before_tokenizers_were_hashed_still_trains(bucket: Bucket, settings: WorkerSettings) -> None:
+    def older(body: bytes) -> bytes:
+        return json.dumps({k: v for k, v in json.loads(body).items() if k != "tokenizer_sha256"}).encode()
+
+    rewrite(bucket, dataset_layout().document, older)
+    assert train_alone(train_job("old"), bucket, settings).outcome == "succeeded"
+    rewrite(bucket, dataset_layout().tokenizer, lambda body: body[:-1])
+    assert "is no tokenizer" in failure(bucket, settings)
 
 
 def test_a_dataset_document_that_is_none_is_named(bucket: Bucket, settings: WorkerSettings) -> None:
@@ -89,7 +114,8 @@ def test_a_dataset_document_that_is_none_is_named(bucket: Bucket, settings: Work
 def test_a_token_outside_the_vocabulary_is_refused(bucket: Bucket, settings: WorkerSettings) -> None:
     document = dataset_layout().document
     rewrite(bucket, document, lambda body: body.replace(b'"vocab_size":17', b'"vocab_size":16'))
-    assert "lies outside the vocabulary of 16" in failure(bucket, settings)
+    message = failure(bucket, settings)
+    assert "a token with the id 16 in the train split of words@v1 lies outside the vocabulary of 16" in message
 
 
 @pytest.mark.parametrize(("split", "length"), [("eval", 6000), ("train", 60_000)])
@@ -103,7 +129,7 @@ def test_a_split_without_one_whole_sequence_is_refused(
 
 def test_a_cache_file_that_was_damaged_is_fetched_again(bucket: Bucket, settings: WorkerSettings) -> None:
     first = train_alone(train_job("first"), bucket, settings)
-    cached = [path for path in settings.cache.iterdir() if path.is_file()]
+    cached = [path for path in settings.cache.iterdir() if len(path.name) == 64]
     assert len(cached) == 4
     for path in cached:
         path.write_bytes(flip_a_bit(path.read_bytes()))
@@ -135,14 +161,24 @@ def batches_of(bucket: Bucket, settings: WorkerSettings, micros: range, first_st
 def test_a_reader_that_dies_tells_the_training_thread(
     bucket: Bucket, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_space(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("workers.blocks.tempfile.NamedTemporaryFile", no_space)
+    monkeypatch.setattr(CacheFolder, "add", broken)
     batches = batches_of(bucket, settings, range(6))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="Input/output error"):
         batches.next()
     batches.close()
+
+
+def test_a_reader_has_ended_when_its_batches_are_closed(bucket: Bucket, settings: WorkerSettings) -> None:
+    """Whether it waits for a free place or has one: a thread left inside torch aborts an interpreter that ends."""
+    for taken in (0, 20):
+        batches = batches_of(bucket, settings, range(6))
+        for _ in range(taken):
+            batches.next()
+        batches.close()
+        assert "batches" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])

@@ -43,6 +43,8 @@ LARGE: dict[str, Any] = {
     "data": {"dataset": "words", "sequence_length": 16},
     "sample": None,
 }
+#: Eight micro-batches: a tree of three levels, however many of its leaves a worker has.
+ELASTIC: dict[str, Any] = {**LARGE, "batch": {"global_size": 8, "micro_size": 1}, "determinism": "elastic"}
 
 
 class Crash(Exception):
@@ -118,6 +120,23 @@ def two_ranks(session: Session, storage: str, cache: str) -> dict[str, Any]:
     return {"losses": losses, "result": result.model_dump(mode="json", exclude={"created_at"})}
 
 
+def elastic_job(job_id: str, world_size: int) -> JobDocument:
+    return train_job(job_id, **ELASTIC, resources={"workers": world_size})
+
+
+def elastic_ranks(session: Session, storage: str, cache: str, attempt: int, crash_step: int | None) -> None:
+    """Go on with the elastic job at this world size, to its end or to a crash."""
+    bucket, settings = Bucket(storage), settings_for(storage, Path(cache))
+    own = Session(attempt, restart=0, rank=session.rank, world_size=session.world_size)
+    if crash_step is None:
+        train(elastic_job("elastic", session.world_size), own, bucket, settings)
+        return
+    patch = crash_at(crash_step)
+    with pytest.raises(Crash):
+        train(elastic_job("elastic", session.world_size), own, bucket, settings)
+    patch.undo()
+
+
 def last_state(bucket: Bucket, job_id: str) -> State:
     job = job_for(job_id, 1)
     point = CheckpointRef(segment=segment_names(bucket, job)[-1], step=12)
@@ -157,6 +176,28 @@ def test_two_workers_write_a_fair_share_each_and_fail_together(
     assert first["result"] == second["result"]
     assert (first["result"]["outcome"], first["result"]["reason"]) == ("failed", "invalid_data")
     assert dataset_layout().shard("train", 0).rpartition("/")[0] in first["result"]["message"]
+
+
+def test_an_elastic_run_has_the_bits_of_one_worker_at_every_world_size(
+    bucket: Bucket, settings: WorkerSettings, tmp_path: Path
+) -> None:
+    """One worker, then four, then two, each going on where the one before crashed."""
+    train_alone(elastic_job("steady", 1), bucket, settings)
+    patch = crash_at(6)
+    with pytest.raises(Crash):
+        train_alone(elastic_job("elastic", 1), bucket, settings)
+    patch.undo()
+    where = (settings.storage, str(settings.cache))
+    run_ranks(4, tmp_path / "four", elastic_ranks, *where, 2, 10)
+    run_ranks(2, tmp_path / "two", elastic_ranks, *where, 3, None)
+
+    job = elastic_job("elastic", 1)
+    spans = segment_names(bucket, job)
+    assert [events(bucket, job, segment)[0] for segment in spans[1:]] == [(4, "resumed"), (8, "resumed")]
+    assert history_lines(bucket, job) == history_lines(bucket, elastic_job("steady", 1))
+    steady, elastic = last_state(bucket, "steady"), last_state(bucket, "elastic")
+    assert set(steady) == set(elastic)
+    assert [name for name in steady if not steady[name].equal(elastic[name])] == []
 
 
 def assert_same_training(one: list[tuple[int, dict[str, Any]]], other: list[tuple[int, dict[str, Any]]]) -> None:

@@ -34,9 +34,36 @@ from workers.session import Session
 from workers.settings import WorkerSettings
 from workers.train import Run
 
+#: What a run may do otherwise than the job of `train_job` does.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "constant": {"schedule": {"type": "constant", "warmup_steps": 11}},
+    "linear": {"schedule": {"type": "linear", "floor": 0.0}},
+    "inverse_sqrt": {"schedule": {"type": "inverse_sqrt", "warmup_steps": 3}},
+    "wsd": {"schedule": {"type": "wsd", "decay_fraction": 0.5}},
+    "infinity_norm": {"clip": {"type": "infinity_norm", "threshold": 0.01}},
+    "value": {"clip": {"type": "value", "threshold": 0.001}},
+    "no clip": {"clip": None},
+    "bf16": {"precision": "bf16"},
+    "elastic": {"determinism": "elastic", "batch": {"global_size": 8, "micro_size": 2}},
+}
+#: Few kernels: compiling is what costs time.
+COMPILED: dict[str, Any] = {
+    "compile": True,
+    "model": {"layers": 2, "width": 16, "heads": 2, "dropout": 0.1, "positions": "learned", "activation": "gelu"},
+}
+#: The compiler warns of what it does itself, and would take an error for its own failure.
+TORCHS_WARNINGS = pytest.mark.filterwarnings("default")
+
 
 class Crash(Exception):
     """Stands for the death of the process."""
+
+
+@pytest.fixture
+def compiled_kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep compiled kernels in a folder of this test session."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
 
 
 @pytest.fixture
@@ -98,8 +125,27 @@ def test_a_run_finishes_and_leaves_everything_that_it_promises(bucket: Bucket, s
     assert bucket.objects(layout_of(job).segment(segment).logs(0))
 
 
-def test_a_crashed_run_resumes_and_ends_as_if_nothing_had_happened(bucket: Bucket, settings: WorkerSettings) -> None:
-    undisturbed, crashed = train_job("undisturbed"), train_job("crashed")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_crashed_run_resumes_and_ends_as_if_nothing_had_happened(
+    bucket: Bucket, settings: WorkerSettings, variant: str
+) -> None:
+    assert_exact_resume(bucket, settings, VARIANTS[variant])
+
+
+@TORCHS_WARNINGS
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_compiled_run_resumes_to_the_bit_and_compiles_each_shape_once(
+    bucket: Bucket, settings: WorkerSettings
+) -> None:
+    """One graph for training, one for evaluation and one for its last micro-batch; the sample compiles none."""
+    assert_exact_resume(bucket, settings, COMPILED)
+    torch._dynamo.utils.counters.clear()
+    train_alone(train_job("again", **COMPILED), bucket, settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def assert_exact_resume(bucket: Bucket, settings: WorkerSettings, changes: dict[str, Any]) -> None:
+    undisturbed, crashed = train_job("undisturbed", **changes), train_job("crashed", **changes)
     train_alone(undisturbed, bucket, settings)
     first = crash(crashed, bucket, settings, step=10)
     result = train_alone(crashed, bucket, settings, restart=1)
@@ -139,6 +185,38 @@ def test_a_run_that_died_after_its_last_checkpoint_ends_with_that_checkpoint(
     assert result.values["checkpoint"] == layout_of(job).segment(first).checkpoint(8).prefix
     assert bucket.objects(result.values["checkpoint"] + "manifest.json")
     assert result.values["eval_loss"] > 0
+
+
+def test_bf16_learns_as_fp32_does(bucket: Bucket, settings: WorkerSettings) -> None:
+    common: dict[str, Any] = {"steps": 40, "log_every": 10, "checkpoint": {"every": 40}, "evaluate": {"every": 40}}
+    curves = {}
+    for precision in ("fp32", "bf16"):
+        job = train_job(precision, precision=precision, **common)
+        result = train_alone(job, bucket, settings)
+        losses = [values["loss"] for _, values in history_lines(bucket, job) if "loss" in values]
+        curves[precision] = [*losses, result.values["eval_loss"]]
+        assert losses[-1] < losses[0] - 0.05
+        (segment,) = segment_names(bucket, job)
+        assert {tensor.dtype for tensor in state_at(bucket, job, segment, 40).values()} == {
+            torch.float32, torch.float64  # the latter only for the sum of the losses
+        }  # fmt: skip
+    assert curves["bf16"] != curves["fp32"]
+    fall = curves["fp32"][0] - curves["fp32"][-1]
+    assert curves["bf16"] == pytest.approx(curves["fp32"], abs=0.1 * fall)
+
+
+@TORCHS_WARNINGS
+def test_without_a_compiler_a_compiled_run_fails_and_says_what_to_do(bucket: Bucket, settings: WorkerSettings) -> None:
+    from torch._inductor import config
+    from torch._inductor.utils import fresh_cache
+
+    job = train_job("uncompiled", **COMPILED)
+    with fresh_cache(), config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        result = train_alone(job, bucket, settings)
+    assert (result.outcome, result.reason, result.step) == ("failed", Reason.UNSUPPORTED, 0)
+    assert "no-such-compiler" in result.message
+    assert "set compile to false" in result.message
+    assert result_of(bucket, job, segment_names(bucket, job)[0]) == result
 
 
 @pytest.mark.parametrize("damage", ["bit flipped", "cut short", "part gone", "manifest flipped", "manifest gone"])

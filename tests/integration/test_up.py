@@ -116,7 +116,7 @@ def start(tmp_path: Path, stand_in: list[str]) -> Iterator[Start]:
 
     def start_up(**told: Any) -> Stack:
         mark = uuid.uuid4().hex
-        ports = {"port": 0, "dashboard_port": 0, "s3_port": 0}
+        ports = {"port": 0, "dashboard_port": 0, "s3_port": 0, "metrics_port": 0}
         told = {"state": str(tmp_path / "state"), "ray": stand_in, "control_plane": stand_in} | ports | told
         output = tmp_path / f"up-{mark}.txt"
         profile = str(tmp_path / "profile.json")
@@ -156,6 +156,10 @@ def test_sigterm_in_the_middle_of_a_job_leaves_no_process_no_port_and_no_ray_fol
 
     assert grandchild in {process.pid for process in everyone}
     assert {stack.port("API"), stack.port("S3 endpoint"), stack.port("Ray dashboard")} <= ports
+    for title, words in (("Metrics", b"lockstep_jobs"), ("Ray metrics", b"ray_")):
+        scraped = processes.http_get(stack.url(title))
+        assert scraped is not None
+        assert words in scraped[1]
     assert secret not in " ".join(word for process in everyone for word in words_of(process))
     assert secret not in str(psutil.Process(grandchild).environ())
     assert str(stack.state / "credentials") in psutil.Process(grandchild).environ().values()
@@ -255,7 +259,12 @@ def test_up_after_a_killed_up_ends_what_that_one_left(start: Start) -> None:
 
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("port", "--port"), ("dashboard_port", "--dashboard-port"), ("s3_port", "--s3-port")],
+    [
+        ("port", "--port"),
+        ("dashboard_port", "--dashboard-port"),
+        ("s3_port", "--s3-port"),
+        ("metrics_port", "--metrics-port"),
+    ],
 )
 def test_a_named_port_that_is_busy_is_an_error_that_names_the_option(start: Start, name: str, option: str) -> None:
     with busy_port() as port:
@@ -267,14 +276,15 @@ def test_a_named_port_that_is_busy_is_an_error_that_names_the_option(start: Star
 
 def test_busy_default_ports_move(start: Start) -> None:
     with contextlib.ExitStack() as held:
-        for default in (8700, 8265, 9000):
+        for default in (8700, 8265, 9000, 8701):
             if processes.is_free(default):
                 held.enter_context(busy_port(default))
-        stack = start(port=None, dashboard_port=None, s3_port=None)
+        stack = start(port=None, dashboard_port=None, s3_port=None, metrics_port=None)
         stack.wait_for("Ctrl-C stops everything")
         assert f"API port 8700 is busy; using {stack.port('API')} (--port chooses one)" in stack.says()
         assert stack.port("Ray dashboard") != 8265
         assert stack.port("S3 endpoint") != 9000
+        assert not stack.url("Metrics").endswith(":8701/metrics")
 
 
 # What the tests look with

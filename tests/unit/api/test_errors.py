@@ -69,8 +69,10 @@ def test_there_is_one_tree(kind: type[Exception]) -> None:
 @pytest.mark.parametrize(
     ("change", "path", "words"),
     [
-        ({"surprise": 1}, "$.surprise", "unknown field"),
-        ({"model": {"size": "1m", "wdith": 3}}, "$.model.wdith", "unknown field"),
+        ({"surprise": 1}, "$.surprise", "unknown field; there are batch, checkpoint, clip, compile, data, deadline,"),
+        ({"optimiser": {}}, "$.optimiser", "unknown field; did you mean optimizer?"),
+        ({"model": {"size": "1m", "wdith": 3}}, "$.model.wdith", "unknown field; did you mean width?"),
+        ({"clip": {"treshold": 3}}, "$.clip.treshold", "unknown field; did you mean threshold?"),
         ({"data": {}}, "$.data.dataset", "required"),
         ({"name": "Not A Name"}, "$.name", "'Not A Name' is not allowed"),
         ({"steps": "3"}, "$.steps", "input should be a valid integer"),
@@ -78,7 +80,7 @@ def test_there_is_one_tree(kind: type[Exception]) -> None:
         ({"kind": "bake"}, "$", "kind must be train or prepare"),
         ({"kind": "train", "steps": 0}, "$.steps", "greater than or equal to 1"),
         ({"steps": 1, "epochs": 1.0}, "$", "give steps or epochs"),
-        ({"precision": "bf16"}, "$.precision", "not available in this version"),
+        ({"precision": "fp8"}, "$.precision", "input should be 'fp32' or 'bf16'"),
         ({"labels": {"k": "/"}}, "$.labels.k", "is not allowed"),
     ],
 )
@@ -93,6 +95,12 @@ def test_faults_of_a_prepare_job_carry_no_union_tags() -> None:
     source = {"type": "python-stdlib", "max_bytes": 1}
     (fault,) = faults({"kind": "prepare", "name": "p", "dataset": "d", "source": source})
     assert fault.path == "$.source.max_bytes"
+
+
+def test_the_fields_of_a_source_are_known_whatever_its_type() -> None:
+    source = {"type": "text", "folder": "texts", "max_bites": 1}
+    (fault,) = faults({"kind": "prepare", "name": "p", "dataset": "d", "source": source})
+    assert (fault.path, fault.message) == ("$.source.max_bites", "unknown field; did you mean max_bytes?")
 
 
 def test_all_faults_are_listed_but_not_their_consequences() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.documents import CheckpointRef, Fingerprint, SegmentDocument
-from api.history import Span, history, newest
+from api.history import Position, Route, Span, history, newest, route
 
 AT = datetime(2026, 11, 23, tzinfo=UTC)
 FINGERPRINT = Fingerprint(torch="2", device="cpu", threads=1, compile=False, precision="fp32", world_size=1)
@@ -131,3 +131,91 @@ def test_a_recorded_end_is_where_readers_stop(
     name, step = truth[last]
     seen = visible(history(segments, CheckpointRef(segment=name, step=step)), reached)
     assert seen == truth[: last + 1]
+
+
+FIRST, SECOND, THIRD = segment("1-0-a"), segment("1-1-b", ("1-0-a", 40)), segment("1-2-c", ("1-0-a", 40))
+OLDER, ANEW = segment("2-0-d", ("1-0-a", 20)), segment("3-0-e")
+
+
+@pytest.mark.parametrize(
+    ("segments", "end", "position", "stand", "rewinds", "spans"),
+    [
+        ([], None, None, None, False, []),
+        ([FIRST], None, None, None, False, [Span("1-0-a", 0, None)]),
+        ([FIRST], None, ("1-0-a", 30), ("1-0-a", 30), False, [Span("1-0-a", 0, None)]),
+        # A restart behind us, at our place, and before us.
+        ([FIRST, SECOND], None, ("1-0-a", 55), ("1-0-a", 40), True, [Span("1-1-b", 40, None)]),
+        ([FIRST, SECOND], None, ("1-0-a", 40), ("1-0-a", 40), False, [Span("1-0-a", 0, 40), Span("1-1-b", 40, None)]),
+        ([FIRST, SECOND], None, ("1-0-a", 30), ("1-0-a", 30), False, [Span("1-0-a", 0, 40), Span("1-1-b", 40, None)]),
+        # Our segment died before its first checkpoint: nothing of it is in the history, whether we have some or none.
+        ([FIRST, SECOND, THIRD], None, ("1-1-b", 47), ("1-0-a", 40), True, [Span("1-2-c", 40, None)]),
+        ([FIRST, SECOND, THIRD], None, ("1-1-b", 40), ("1-0-a", 40), False, [Span("1-2-c", 40, None)]),
+        # A fall back to an older checkpoint, before the one at which our segment began; and all begins anew.
+        ([FIRST, SECOND, OLDER], None, ("1-1-b", 47), ("1-0-a", 20), True, [Span("2-0-d", 20, None)]),
+        ([FIRST, SECOND, ANEW], None, ("1-1-b", 47), None, True, [Span("3-0-e", 0, None)]),
+        # The job ended where we are, before, and in the segment that ours had left.
+        ([FIRST], ("1-0-a", 30), ("1-0-a", 30), ("1-0-a", 30), False, [Span("1-0-a", 0, 30)]),
+        ([FIRST], ("1-0-a", 30), ("1-0-a", 33), ("1-0-a", 30), True, []),
+        ([FIRST, SECOND], ("1-0-a", 45), ("1-1-b", 43), ("1-0-a", 40), True, [Span("1-0-a", 40, 45)]),
+        ([FIRST, SECOND], ("1-0-a", 35), ("1-1-b", 43), ("1-0-a", 35), True, []),
+        # Where nobody has ever been.
+        ([FIRST], None, ("1-0-lost", 9), None, True, [Span("1-0-a", 0, None)]),
+        ([FIRST], ("1-0-lost", 9), ("1-0-a", 5), None, True, []),
+    ],
+)
+def test_a_reader_goes_on_from_where_its_path_and_the_history_part(
+    segments: list[SegmentDocument],
+    end: tuple[str, int] | None,
+    position: tuple[str, int] | None,
+    stand: tuple[str, int] | None,
+    rewinds: bool,
+    spans: list[Span],
+) -> None:
+    last = CheckpointRef(segment=end[0], step=end[1]) if end else None
+    way = route(segments, last, Position(*position) if position else None)
+    assert (way.position, way.rewinds, way.spans) == (Position(*stand) if stand else None, rewinds, spans)
+    assert way.stays == (position is not None and position == stand and bool(spans) and spans[0].segment == stand[0])
+
+
+@given(st.data())
+def test_a_reader_who_looks_now_and_then_has_what_one_sees_who_looks_once(data: st.DataObject) -> None:
+    """Segments begin at any point of any segment that was ever written, and any of them may go on writing."""
+    segments: list[SegmentDocument] = []
+    reached: dict[str, int] = {}
+    had: list[tuple[str, int]] = []
+    position: Position | None = None
+    for number in range(data.draw(st.integers(1, 12))):
+        points = [(s.segment, step) for s in segments for step in range(_start(s) + 1, reached[s.segment] + 1)]
+        if not segments or data.draw(st.booleans()):
+            segments.append(segment(f"{number + 1}-0-x", data.draw(st.sampled_from([None, *points]))))
+            reached[segments[-1].segment] = _start(segments[-1])
+        for writer in segments:
+            reached[writer.segment] += data.draw(st.integers(0, 3))
+        if data.draw(st.booleans()):
+            position, had = _look(route(segments, None, position), position, had, reached)
+            assert had == visible(history(segments), reached)
+    last = data.draw(st.sampled_from(segments))
+    step = data.draw(st.integers(_start(last), reached[last.segment] + 2))
+    end = CheckpointRef(segment=last.segment, step=step)
+    _, had = _look(route(segments, end, position), position, had, reached)
+    assert had == visible(history(segments, end), reached)
+
+
+def _start(segment: SegmentDocument) -> int:
+    return segment.origin.step if segment.origin else 0
+
+
+def _look(
+    way: Route, position: Position | None, had: list[tuple[str, int]], reached: dict[str, int]
+) -> tuple[Position | None, list[tuple[str, int]]]:
+    """Read as a route says: one line for each step."""
+    if way.rewinds:
+        floor = way.position.step if way.position else 0
+        assert any(step > floor for _, step in had), "nothing to forget"
+        had = [(name, step) for name, step in had if step <= floor]
+    for number, span in enumerate(way.spans):
+        read = position.step if position and way.stays and not number else span.start
+        new = [step for step in range(read + 1, reached[span.segment] + 1) if span.contains(step)]
+        had = had + [(span.segment, step) for step in new]
+        position = Position(span.segment, max([read, *new]))
+    return position, had

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from api import show
 from api.client import Update
 from api.jobs import Checkpoint, Event, Job, MemoryPlan, MetricPoint, PreparePlan, TrainPlan
-from api.spec import job_spec_adapter
+from api.spec import TrainSpec, job_spec_adapter
 
 NOW = datetime(2026, 11, 23, 15, tzinfo=UTC)
 CLOCK_TIME = f"{NOW.astimezone():%H:%M:%S}"
@@ -88,7 +88,13 @@ def train_plan() -> TrainPlan:
         tokens=8_192_000,
         epochs=2.31234,
         memory_per_worker=MemoryPlan(
-            weights=40 * mib, gradients=40 * mib, optimizer=80 * mib, ddp_buckets=41 * mib, snapshot=240 * mib
+            weights=40 * mib,
+            gradients=40 * mib,
+            optimizer=80 * mib,
+            ddp_buckets=41 * mib,
+            activations=500 * mib,
+            data=3 * mib,
+            snapshot=240 * mib,
         ),
         checkpoint_size=120 * mib,
         submission={},
@@ -186,10 +192,22 @@ def test_every_view_fits_eighty_columns(view: RenderableType) -> None:
 
 
 def test_the_job_table_keeps_ids_and_figures_whole_and_shortens_names() -> None:
-    row = printed(show.job_table([job(name="a" * 47, state="cancelling")], NOW)).splitlines()[2]
+    row = printed(show.job_table([job(name="a" * 47, state="cancelling", labels={})], NOW)).splitlines()[2]
     assert row.split() == [ID, "a" * (len(row.split()[1]) - 1) + "…", "cancelling", "35%", "4.3210", "5m", "00s"]
     assert "a" * 47 in printed(show.job_table([job(name="a" * 47)], NOW), width=120)
     assert len(printed(show.job_table([job(name="a-" * 23 + "a")], NOW)).splitlines()) == 3
+
+
+def test_the_job_table_has_a_column_of_labels_if_any_job_has_some() -> None:
+    assert "LABELS" not in printed(show.job_table([job(labels={}), job(labels={})], NOW))
+    labels = {"team": "lm", "example.com/sweep": "a b"}
+    header, _, bare, labelled = printed(show.job_table([job(labels={}), job(labels=labels)], NOW), 110).splitlines()
+    assert header.endswith("LABELS".ljust(len(header) - header.index("LABELS")))
+    assert bare.split() == [ID, "tiny", "running", "35%", "4.3210", "5m", "00s"]
+    assert labelled.rstrip().endswith("5m 00s  team=lm, example.com/sweep=a b")
+    cut = printed(show.job_table([job(labels={f"key-{i}": "v" * 40 for i in range(16)})], NOW)).splitlines()
+    assert len(cut) == 3
+    assert cut[2].startswith(f"{ID}  tiny  running   35%  4.3210  5m 00s  key-0=v")
 
 
 def test_every_metric_asked_for_is_shown_in_full_at_eighty_columns() -> None:
@@ -231,14 +249,48 @@ def test_a_result_shows_numbers_as_such_and_a_sample_as_it_was_written() -> None
     ]  # fmt: skip
 
 
-def test_the_plan_shows_memory_by_part_and_what_is_certain() -> None:
+def test_the_plan_shows_memory_by_part_what_is_certain_and_what_is_expected() -> None:
     text = printed(show.plan(train_plan()))
     for words in ("10,651,392", "1,000 of 8,192 tokens", "8,192,000 (2.31 epochs)", "2 × 1 CPU", "120 MiB"):
         assert words in text
     assert re.search(r"weights +40.0 MiB", text)
     assert re.search(r"at least +160 MiB", text)
+    assert re.search(r"activations +500 MiB", text)
     assert re.search(r"snapshot +240 MiB", text)
+    assert re.search(r"expected +944 MiB", text)
+    assert "partial sums" not in text, "there are none"
     assert "A warning" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, ["Arithmetic fp32", "Schedule cosine, from 0.0006 to 10% of it", "120 MiB, every 200 steps"]),
+        (
+            {
+                "precision": "bf16",
+                "compile": True,
+                "determinism": "elastic",
+                "batch": {"micro_size": 8},
+                "schedule": {"type": "wsd"},
+                "evaluate": {"every": 50},
+                "checkpoint": {"every": 50, "keep_best": 2},
+            },
+            [
+                "Arithmetic bf16, compiled, the same bits at every power of two of workers",
+                "Schedule wsd, from 0.0006 to 10% of it in the last 20% of the run",
+                "120 MiB, every 50 steps; the last 1 and the best 2 stay",
+            ],
+        ),
+        ({"schedule": {"type": "constant"}}, ["Schedule constant at 0.0006"]),
+    ],
+)
+def test_the_plan_shows_how_it_would_be_trained(changes: dict[str, Any], rows: list[str]) -> None:
+    made = train_plan()
+    spec = TrainSpec.model_validate({**made.spec.model_dump(exclude_unset=True), **changes})
+    text = " ".join(printed(show.plan(made.model_copy(update={"spec": spec}))).split())
+    for row in rows:
+        assert row in text
 
 
 def test_done_is_rounded_down_so_that_all_means_all() -> None:

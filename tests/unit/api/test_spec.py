@@ -196,12 +196,70 @@ def test_steps_and_epochs_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"precision": "bf16"}, {"compile": True}, {"determinism": "elastic"}, {"checkpoint": {"keep_last": 3}},
-     {"checkpoint": {"keep_best": 1}}],
+    ("schedule", "floor", "decay_fraction"),
+    [
+        ({}, 0.1, None),
+        ({"type": "linear"}, 0.1, None),
+        ({"type": "inverse_sqrt", "floor": 0.0}, 0.0, None),
+        ({"type": "wsd"}, 0.1, 0.2),
+        ({"type": "wsd", "decay_fraction": 0.5, "floor": 0.3}, 0.3, 0.5),
+        ({"type": "constant"}, None, None),
+    ],
+)
+def test_a_schedule_has_the_defaults_of_its_shape(
+    schedule: dict[str, Any], floor: float | None, decay_fraction: float | None
+) -> None:
+    made = train(schedule=schedule).schedule
+    assert (made.floor, made.decay_fraction) == (floor, decay_fraction)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"type": "constant", "floor": 0.1}, "a constant schedule has no floor; leave it out"),
+        ({"type": "cosine", "decay_fraction": 0.1}, "decay_fraction belongs to the wsd schedule; cosine has none"),
+        ({"type": "wsd", "decay_fraction": 0.0}, "greater than 0"),
+    ],
+)
+def test_what_a_schedule_would_ignore_is_refused(schedule: dict[str, Any], words: str) -> None:
+    refused(SPEC | {"schedule": schedule}, words)
+
+
+def test_the_best_checkpoints_need_an_evaluation_at_each() -> None:
+    words = "checkpoint.every 30 is not a multiple of evaluate.every 20"
+    refused(SPEC | {"checkpoint": {"every": 30, "keep_best": 1}, "evaluate": {"every": 20}}, words)
+    assert train(checkpoint={"every": 40, "keep_best": 1}, evaluate={"every": 20}).checkpoint.keep_best == 1
+    assert train(checkpoint={"every": 30, "keep_last": 1}, evaluate={"every": 20}).checkpoint.keep_last == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "workers", "words"),
+    [
+        ({"global_size": 8}, 2, "needs batch.micro_size"),
+        ({"global_size": 12, "micro_size": 2}, 3, "a power of two of workers, not 3; the nearest are 2 and 4"),
+        ({"global_size": 12, "micro_size": 2}, 2, "not 6; the nearest are 4 and 8, so a batch.global_size of 8 or 16"),
+    ],
+)
+def test_an_elastic_run_needs_powers_of_two_and_says_the_nearest(
+    batch: dict[str, int], workers: int, words: str
+) -> None:
+    refused(SPEC | {"determinism": "elastic", "batch": batch, "resources": {"workers": workers}}, words)
+
+
+def test_an_elastic_run_of_powers_of_two_is_taken() -> None:
+    made = train(determinism="elastic", batch={"global_size": 24, "micro_size": 3}, resources={"workers": 4})
+    assert made.determinism == "elastic"
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "workers", "words"),
+    [(10, None, 3, "nearest that fit are 9 and 12"), (2, None, 3, "least that fits is 3"),
+     (20, 4, 2, "nearest that fit are 16 and 24"), (10, 2, 3, "nearest that fit are 6 and 12")],
 )  # fmt: skip
-def test_what_is_not_built_yet_is_refused_rather_than_ignored(changes: dict[str, Any]) -> None:
-    refused(SPEC | changes, "not available in this version")
+def test_a_batch_that_does_not_divide_is_told_the_nearest_that_does(
+    size: int, micro: int | None, workers: int, words: str
+) -> None:
+    refused(SPEC | {"batch": {"global_size": size, "micro_size": micro}, "resources": {"workers": workers}}, words)
 
 
 @pytest.mark.parametrize(("text", "count"), [("4GiB", 4 * 2**30), ("4GB", 4 * 10**9), (2**30, 2**30)])
@@ -220,11 +278,12 @@ def test_an_unknown_kind_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("batch", "workers", "words"),
     [
-        ({"global_size": 10}, 3, "does not divide over 3 workers"),
+        ({"global_size": 10}, 3, "does not divide over 3 workers; the nearest that fit are 9 and 12"),
         ({"global_size": 12, "micro_size": 5}, 1, "not a multiple of batch.micro_size 5 × 1"),
-        ({"global_size": 12, "micro_size": 4}, 2, "= 8"),
+        ({"global_size": 12, "micro_size": 4}, 2, "= 8; the nearest that fit are 8 and 16"),
+        ({"global_size": 11, "micro_size": 4}, 2, "over 2 workers; the nearest that fit are 8 and 16"),
         ({"global_size": 2, "micro_size": 4}, 1, "not a multiple"),
-        ({"global_size": 1}, 2, "does not divide"),
+        ({"global_size": 1}, 2, "does not divide over 2 workers; the least that fits is 2"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused(batch: dict[str, int], workers: int, words: str) -> None:

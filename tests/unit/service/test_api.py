@@ -1,10 +1,11 @@
 """The API in-process: who may ask, what is refused and in which words, and that nothing is stored by a refusal."""
 
 import asyncio
+import base64
 import json
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from api.layout import DatasetLayout
+from api.sse import Parser
 from service import app as app_module
 from service.auth import create_key
+from service.live import Feed
+from service.sse import Streams
 from service.store import Store
 from tests.fakes import ACCEPTED, T0, FakeRay, MemoryBucket, dataset, job_id, new_store, row, settings_for
 
@@ -75,7 +80,7 @@ def problem(response: httpx2.Response, status: int, name: str) -> dict[str, Any]
 def routes(app: FastAPI) -> list[tuple[str, str]]:
     """Every (method, path) of the application, from OpenAPI, with the ids filled in."""
     found = [
-        (method.upper(), path.replace("{job_id}", job_id(1)).replace("{step}", "5"))
+        (method.upper(), path.replace("{job_id}", job_id(1)).replace("{step}", "5").replace("{name}", "config.json"))
         for path, methods in app.openapi()["paths"].items()
         for method in methods
     ]
@@ -183,7 +188,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"data": {"dataset": "none"}}, "$.data.dataset", "there is no dataset none"),
     ({"labels": {"k": "a\x1bb"}}, "$.labels.k", "is not allowed here"),
     ({"labels": {f"k{i}": "" for i in range(17)}}, "$.labels", "at most 16"),
-    ({"precision": "bf16"}, "$.precision", "not available in this version"),
+    ({"precision": "fp8"}, "$.precision", "input should be 'fp32' or 'bf16'"),
     ({"resources": {"cpus": 9}}, "$.resources", "needs 1 × 9 CPU, but the whole cluster has 8 CPU"),
 ]
 
@@ -235,7 +240,7 @@ def test_a_body_without_end_is_cut_off_while_it_arrives(service: Service, announ
         ("/v1/jobs?limit=0", "$.query.limit"),
         ("/v1/jobs?limit=201", "$.query.limit"),
         ("/v1/jobs?limit=x", "$.query.limit"),
-        ("/v1/jobs?state=lost", "$.query.state"),
+        ("/v1/jobs?state=lost", "$.query.state[0]"),
         ("/v1/jobs/job-1", "$.path.job_id"),
         ("/v1/jobs/..%2f..%2fetc", "$"),
         (f"/v1/jobs/{job_id(1).upper()}", "$.path.job_id"),
@@ -386,3 +391,84 @@ def test_a_bug_is_a_problem_without_a_traceback(service: Service, monkeypatch: p
 def test_times_are_in_utc(service: Service) -> None:
     service.ended()
     assert service.client.get(f"/v1/jobs/{job_id(1)}").json()["created_at"] == T0.strftime("%FT%TZ")
+
+
+LIVE = {"Accept": "text/event-stream"}
+LISTS = ("events", "metrics", "logs")
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_live_stream_of_an_ended_job_is_its_list_and_its_end(service: Service, what: str) -> None:
+    job = service.ended()
+    stream = service.client.get(f"/v1/jobs/{job}/{what}", headers=LIVE)
+    assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *items, end = Parser().feed(stream.content)
+    assert (end.event, json.loads(end.data)["state"]) == ("end", "failed")
+    assert [json.loads(message.data) for message in items] == service.client.get(f"/v1/jobs/{job}/{what}").json()[
+        "items"
+    ]
+
+
+def test_a_live_stream_goes_on_after_the_last_id_rather_than_after_the_query(service: Service) -> None:
+    job = service.ended()
+    for query, headers, count in (("", {}, 1), ("?after=1", {}, 0), ("?after=0", {"Last-Event-ID": "1"}, 0)):
+        answer = service.client.get(f"/v1/jobs/{job}/events{query}", headers={**LIVE, **headers})
+        assert len(list(Parser().feed(answer.content))) == count + 1
+    cursor = base64.urlsafe_b64encode(b"{}").decode()
+    for query, headers in ((f"?cursor={cursor}", {}), ("?cursor=x", {"Last-Event-ID": cursor})):
+        assert service.client.get(f"/v1/jobs/{job}/logs{query}", headers={**LIVE, **headers}).status_code == 200
+
+
+@pytest.mark.parametrize("what", LISTS)
+@pytest.mark.parametrize("last_id", ["null", "", "-1", "1.5", "9" * 30, "é", "1-0-a", "1-0-a:-1", "..-1-a:3", "1:1:1"])
+def test_a_last_id_that_is_not_ours_is_refused(service: Service, what: str, last_id: str) -> None:
+    service.ended()
+    headers = {b"Accept": b"text/event-stream", b"Last-Event-ID": last_id.encode()}
+    problem(service.client.get(f"/v1/jobs/{job_id(1)}/{what}", headers=headers), 422, "invalid")
+
+
+@pytest.mark.parametrize(("path", "name"), [("events?limit=5", "limit"), ("metrics?max_points=5", "max_points")])
+def test_what_a_live_stream_cannot_do_is_refused_by_name(service: Service, path: str, name: str) -> None:
+    answer = service.client.get(f"/v1/jobs/{service.ended()}/{path}", headers=LIVE)
+    assert problem(answer, 422, "invalid")["errors"][0]["path"] == f"$.query.{name}"
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_live_stream_needs_a_key_and_a_job_of_ones_own(service: Service, what: str) -> None:
+    service.store.insert(row(2, project="another", state="failed"), ACCEPTED, None)
+    for number in (1, 2):
+        problem(service.client.get(f"/v1/jobs/{job_id(number)}/{what}", headers=LIVE), 404, "not-found")
+    keyless = TestClient(service.app, headers=LIVE)
+    problem(keyless.get(f"/v1/jobs/{service.ended()}/{what}"), 401, "unauthorized")
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_live_stream_too_many_is_refused_and_the_list_is_not(service: Service, what: str) -> None:
+    service.app.state.streams = Streams(interval=0, keep_alive=3600, limit=0)
+    answer = service.client.get(f"/v1/jobs/{service.ended()}/{what}", headers=LIVE)
+    assert problem(answer, 503, "unavailable")["detail"].endswith("close one, or read the lists")
+    assert answer.headers["retry-after"] == "5"
+    assert service.client.get(f"/v1/jobs/{job_id(1)}/{what}").status_code == 200
+
+
+def test_only_events_are_followed_without_the_threads_of_the_bucket(service: Service) -> None:
+    reads: list[bool] = []
+
+    class Noting(Streams):
+        def answer(self, feed: Feed, check: Callable[[], object], reads_bucket: bool = True) -> StreamingResponse:
+            reads.append(reads_bucket)
+            return super().answer(feed, check, reads_bucket)
+
+    service.app.state.streams, job = Noting(interval=0, keep_alive=3600), service.ended()
+    for what in LISTS:
+        service.client.get(f"/v1/jobs/{job}/{what}", headers=LIVE)
+    assert reads == [False, True, True]
+
+
+def test_a_cursor_of_one_worker_is_refused_for_another(service: Service) -> None:
+    job = service.ended()
+    cursor = base64.urlsafe_b64encode(b'{"rank":1}').decode()
+    assert service.client.get(f"/v1/jobs/{job}/logs?rank=1&cursor={cursor}").status_code == 200
+    for query in (f"?cursor={cursor}", f"?rank=0&cursor={cursor}"):
+        found = problem(service.client.get(f"/v1/jobs/{job}/logs{query}"), 422, "invalid")
+        assert found["detail"] == "this cursor is for the logs of worker 1; begin without one"

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from api.arithmetic import BATCHES_AHEAD, parameter_count
 from api.errors import Fault, InvalidSpec
-from api.jobs import Plan, TrainPlan
+from api.jobs import MemoryPlan, Plan, TrainPlan
 from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
 from service.admission import Node
-from service.plan import memory_plan, plan_prepare, plan_train
+from service.memory import block_bytes_per_token, memory_plan
+from service.plan import plan_prepare, plan_train
 from tests.fakes import dataset, prepare_spec, train_spec
 
 GIB = 2.0**30
@@ -40,15 +42,80 @@ def test_steps_tokens_and_epochs_follow_from_each_other() -> None:
     assert one_epoch.steps == 100
 
 
+def memory(vocab_size: int = 2048, **fields: Any) -> MemoryPlan:
+    spec = train_spec(**fields)
+    return memory_plan(spec, parameter_count(spec.model, vocab_size, spec.data.sequence_length), vocab_size)
+
+
 def test_memory_counts_four_numbers_for_each_parameter_and_the_snapshot() -> None:
     made = plan(resources={"workers": 4})
     weights = 4 * made.parameters
-    memory = made.memory_per_worker
-    assert (memory.weights, memory.gradients, memory.optimizer, memory.ddp_buckets) == (
-        weights, weights, 2 * weights, weights)  # fmt: skip
-    assert (memory.snapshot, memory.certain, made.checkpoint_size) == (6 * weights // 4, 4 * weights, 3 * weights)
-    alone = memory_plan(train_spec(), made.parameters)
-    assert (alone.ddp_buckets, alone.snapshot) == (0, 6 * weights)
+    planned = made.memory_per_worker
+    assert (planned.weights, planned.gradients, planned.optimizer) == (weights, weights, 2 * weights)
+    assert (planned.snapshot, planned.certain, made.checkpoint_size) == (9 * weights // 4, 4 * weights, 3 * weights)
+    assert memory().snapshot == 9 * weights
+    names = ("ddp_buckets", "partial_sums", "activations", "data", "snapshot")
+    assert planned.total == planned.certain + sum(getattr(planned, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("workers", "global_size", "determinism", "buckets", "sums"),
+    [
+        (1, 32, "default", 0, 0),  # no other rank
+        (4, 32, "default", 0, 0),  # one micro-batch each: the gradients are the buckets
+        (2, 32, "default", 1, 0),  # the first micro-batch's gradients lie beside the buckets
+        (4, 32, "elastic", 0, 1),  # one leaf each
+        (1, 32, "elastic", 0, 3),  # four leaves: at the last one, sums of two and of one
+    ],
+)
+def test_gradients_are_held_once_more_for_buckets_and_for_each_level_of_the_tree(
+    workers: int, global_size: int, determinism: str, buckets: int, sums: int
+) -> None:
+    batch = {"global_size": global_size, "micro_size": 8}
+    planned = memory(batch=batch, resources={"workers": workers}, determinism=determinism)
+    assert (planned.ddp_buckets, planned.partial_sums) == (buckets * planned.weights, sums * planned.weights)
+
+
+SHAPE = {"layers": 3, "width": 64, "heads": 4, "ffn_width": 100}
+PLAIN = SHAPE | {"norm": "layer", "activation": "gelu", "positions": "learned"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "numbers"),
+    [
+        # In widths: two norms with input, normalised and output; q, k, v, attention twice. Four feed-forward widths.
+        ({"model": SHAPE}, 11 * 64 + 4 * 100 + 4),
+        ({"model": SHAPE | {"kv_heads": 1}}, 9 * 64 + 2 * 16 + 4 * 100 + 4),
+        ({"model": PLAIN}, 8 * 64 + 2 * 100 + 4),
+        # Scores thrice, and a mask after attention and after feed-forward; the first output of attention is not kept.
+        ({"model": SHAPE | {"dropout": 0.1}}, 12 * 64 + 3 * 4 * 256 + 4 * 100),
+        ({"model": SHAPE | {"dropout": 0.1}, "resources": {"gpus": 1}}, 13 * 64 + 4 * 100 + 4),
+        # What matrices read and write is halved; norms keep fp32, and each matrix its own copy of what it reads.
+        ({"model": SHAPE, "precision": "bf16"}, (4 + 2.5 + 2.5) * 64 + 2 * 100 + 4),
+    ],
+)  # fmt: skip
+def test_activations_count_what_each_block_keeps_of_a_token(fields: dict[str, Any], numbers: float) -> None:
+    assert block_bytes_per_token(train_spec(**fields)) == 4 * numbers
+
+
+def test_activations_are_those_of_one_micro_batch_with_the_widest_point_of_backward() -> None:
+    """With many tokens in the vocabulary the logits are it, with few a block."""
+    batch = {"micro_size": 4, "global_size": 64}
+    fields: dict[str, Any] = {"model": SHAPE, "batch": batch, "data": {"dataset": "words", "sequence_length": 100}}
+    block = 400 * block_bytes_per_token(train_spec(**fields))
+    embedding = 2 * 4 * 64
+    assert memory(20, **fields).activations == 4 * block + 20 * embedding
+    assert memory(50_000, **fields).activations == 3 * block + 3 * 4 * 400 * 50_000 + 50_000 * embedding
+    matrices = 3 * (4 * 64 * 64 + 3 * 64 * 100) + 20 * 64
+    half = 400 * block_bytes_per_token(train_spec(**fields, precision="bf16"))
+    assert memory(20, **fields, precision="bf16").activations == 4 * half + 20 * embedding + 2 * matrices
+    apart = fields | {"model": SHAPE | {"tied_embeddings": False}}
+    assert memory(20, **apart).activations == 4 * block + 20 * embedding // 2
+
+
+def test_a_worker_holds_as_many_batches_ready_as_the_plan_counts() -> None:
+    planned = memory(batch={"global_size": 64}, resources={"workers": 4}, data={"dataset": "w", "sequence_length": 100})
+    assert planned.data == BATCHES_AHEAD * 16 * 100 * (8 + 8)
 
 
 @pytest.mark.parametrize(
@@ -98,19 +165,19 @@ def test_a_warm_up_one_step_shorter_than_the_run_is_taken() -> None:
 
 
 def test_memory_that_may_not_do_is_a_warning_and_memory_that_cannot_do_a_refusal() -> None:
-    """Certain: weights, gradients, optimizer; expected: with buckets and snapshot."""
-    memory = plan().memory_per_worker
+    """Certain: weights, gradients, optimizer; expected: everything."""
+    planned = plan().memory_per_worker
     evaluate = {"sequences": 5}
-    expected = memory.certain + memory.ddp_buckets + memory.snapshot
 
     def with_bytes(count: int) -> list[str]:
         return plan(resources={"memory": count}, evaluate=evaluate).warnings
 
-    assert with_bytes(int(expected / 0.8) + 1) == []
-    [warning] = with_bytes(memory.certain)
-    assert "it may run out of memory" in warning
-    assert len(re.findall(r"[\d.]+ GiB", warning)) == 2
-    assert refusal(resources={"memory": memory.certain - 1})[0].path == "$.model"
+    assert with_bytes(int(planned.total / 0.8) + 1) == []
+    for count in (int(planned.total / 0.8) - 1, planned.certain):
+        [warning] = with_bytes(count)
+        assert "it may run out of memory" in warning
+        assert len(re.findall(r"[\d.]+ GiB", warning)) == 2
+    assert refusal(resources={"memory": planned.certain - 1})[0].path == "$.model"
 
 
 def test_workers_on_one_node_share_its_memory() -> None:
@@ -155,6 +222,7 @@ OTHER: dict[str, Any] = {
     "model.tied_embeddings": False, "model.dropout": 0.5, "model.bias": True, "optimizer.type": "sgd",
     "optimizer.learning_rate": 0.5, "optimizer.betas": [0.5, 0.6], "optimizer.epsilon": 0.1,
     "optimizer.weight_decay": 0.2, "schedule.type": "constant", "schedule.warmup_steps": 3, "schedule.floor": 0.5,
+    "schedule.decay_fraction": 0.5,
     "batch.global_size": 64, "batch.micro_size": 4, "steps": 20, "epochs": 3.0, "clip.type": "value",
     "clip.threshold": 2.0, "precision": "bf16", "compile": True, "log_every": 3, "evaluate.every": 7,
     "evaluate.sequences": 3, "checkpoint.every": 9, "checkpoint.keep_last": 3, "checkpoint.keep_best": 2,
@@ -166,9 +234,16 @@ OTHER: dict[str, Any] = {
 NUMBERS = {
     "data.sequence_length", "model.layers", "model.width", "model.kv_heads", "model.positions",
     "model.activation", "model.ffn_width", "model.tied_embeddings", "model.bias", "batch.global_size", "steps",
-    "resources.workers",
+    "resources.workers", "model.heads", "model.norm", "model.dropout", "batch.micro_size", "precision", "determinism",
 }  # fmt: skip
 """Fields of which a figure of the plan must change with them, beside the spec itself."""
+
+COMPANIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "decay_fraction": ("schedule", {"type": "wsd"}),
+    "keep_best": ("checkpoint", {"every": 200}),
+    "determinism": ("batch", {"global_size": 32, "micro_size": 8}),
+}
+"""What else a field needs to be taken."""
 
 TRAIN_LEAVES = list(leaves(train_spec()))
 PREPARE_LEAVES = list(leaves(prepare_spec()))
@@ -181,6 +256,9 @@ def changed(spec: TrainSpec | PrepareSpec, path: tuple[str, ...]) -> Plan | None
     for name in path[:-1]:
         inner = inner.setdefault(name, {})
     inner[path[-1]] = OTHER[".".join(path)]
+    if path[-1] in COMPANIONS:
+        group, fields = COMPANIONS[path[-1]]
+        value[group] = value.get(group, {}) | fields
     try:
         other = job_spec_adapter.validate_python(value)
         if isinstance(other, PrepareSpec):
@@ -215,13 +293,13 @@ def test_no_field_of_a_preparation_is_accepted_and_ignored(path: tuple[str, ...]
 
 
 REFUSED = [
-    "kind", "task", "model.family", "optimizer.type", "clip.type", "precision", "compile", "checkpoint.keep_last",
-    "checkpoint.keep_best", "determinism", "model.vocab_size", "resources.gpus", "epochs",
+    "kind", "task", "model.family", "optimizer.type", "model.vocab_size", "resources.gpus", "epochs",
 ]  # fmt: skip
+"""Fields of one value so far, and those that dataset, cluster or another field rule out here."""
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_what_this_version_cannot_do_is_refused(field: str) -> None:
+def test_what_does_not_fit_is_refused(field: str) -> None:
     assert changed(train_spec(), tuple(field.split("."))) is None
 
 

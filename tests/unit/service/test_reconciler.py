@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 
 from api.documents import (
     AttemptDocument,
@@ -22,7 +21,7 @@ from api.layout import chunk
 from service import observer
 from service import reconciler as reconciler_module
 from service.observer import observe_cluster
-from service.store import JobRow, Store
+from service.store import JobRow
 from tests.fakes import T0, Crash, World, job_id, row, train_spec
 
 
@@ -349,23 +348,6 @@ def test_the_trouble_of_one_job_stops_no_other(world: World, monkeypatch: pytest
     monkeypatch.setattr(reconciler_module, "observe", observe)
     world.passes()
     assert [world.job(n).state for n in (1, 2)] == ["queued", "starting"]
-
-
-@pytest.mark.parametrize("error", [sa.exc.OperationalError("x", {}, Exception()), KeyError("a bug")])
-def test_the_loop_outlives_a_failing_database_and_a_bug(world: World, error: Exception) -> None:
-    world.reconciler._settings = world.settings.model_copy(update={"reconcile_interval": 0})
-    calls = []
-
-    class Failing(Store):
-        def live(self) -> list[JobRow]:
-            calls.append(1)
-            if len(calls) == 3:
-                world.reconciler.stop()
-            raise error
-
-    world.reconciler._store = Failing(world.store._engine)
-    world.reconciler._run()
-    assert len(calls) == 3
 
 
 def test_a_view_has_the_deadline_counted_from_acceptance() -> None:

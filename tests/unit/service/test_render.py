@@ -21,7 +21,7 @@ def test_a_training_is_our_module_with_our_arguments() -> None:
     body = submission(train_spec(), "default", job_id(1), 2, SETTINGS)
     assert body["entrypoint"] == (f"exec python -m workers.main --project default --job {job_id(1)} --attempt 2")
     assert body["submission_id"] == f"{job_id(1)}-2"
-    assert body["metadata"] == {"name": "first", "job_id": job_id(1), "attempt": "2", "kind": "train"}
+    assert body["metadata"] == {"job_name": "first", "job_id": job_id(1), "attempt": "2", "kind": "train"}
     assert "entrypoint_num_cpus" not in body
 
 

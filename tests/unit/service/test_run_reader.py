@@ -1,7 +1,6 @@
 """What the workers left is read along the history: once each, in order, resumable anywhere."""
 
 import base64
-import json
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.documents import CheckpointRef, ControlDocument, Manifest, Receipt, ResultDocument, SegmentDocument, StreamLine
-from api.errors import InvalidData, InvalidSpec, ObjectMissing
+from api.errors import InvalidSpec
 from api.jobs import LogLine, MetricPoint, Reason
-from api.layout import DatasetLayout, JobLayout, chunk
+from api.layout import JobLayout, chunk
+from api.storage import Bucket
 from service.progress import read_progress
 from service.run_reader import (
     Place,
-    find_dataset,
     read_attempt,
     read_checkpoints,
     read_logs,
@@ -26,7 +25,7 @@ from service.run_reader import (
     segment_ids,
     thinned,
 )
-from tests.fakes import T0, MemoryBucket, dataset, row
+from tests.fakes import T0, MemoryBucket, row
 
 LAYOUT = JobLayout("default", row(1).id)
 
@@ -34,9 +33,7 @@ LAYOUT = JobLayout("default", row(1).id)
 class Writer:
     """Writes a segment as a worker would: lines in chunks, each rewritten until it is full."""
 
-    def __init__(
-        self, bucket: MemoryBucket, name: str, origin: tuple[str, int] | None = None, per_chunk: int = 3
-    ) -> None:
+    def __init__(self, bucket: Bucket, name: str, origin: tuple[str, int] | None = None, per_chunk: int = 3) -> None:
         self.bucket, self.name, self.per_chunk = bucket, name, per_chunk
         self.layout = LAYOUT.segment(name)
         self.streams: dict[str, list[str]] = {}
@@ -292,22 +289,3 @@ def test_folders_that_are_no_segments_are_passed_over() -> None:
     for name in ("tmp", "1-x-a", "1-2"):
         bucket.put(f"{LAYOUT.segments}{name}/object", b"")
     assert [str(segment) for segment in segment_ids(bucket, LAYOUT)] == ["1-0-a"]
-
-
-def test_a_dataset_is_found_by_name_or_version_and_must_be_whole() -> None:
-    bucket = MemoryBucket()
-    with pytest.raises(ObjectMissing, match="there is no dataset words; prepare one first"):
-        find_dataset(bucket, "default", "words")
-    bucket.put(DatasetLayout("default", "words", "v9").shard("train", 0), b"x")
-    with pytest.raises(ObjectMissing, match=r"words has no dataset\.json: its preparation has not finished"):
-        find_dataset(bucket, "default", "words")
-    for version in ("v1", "v2"):
-        document = dataset().model_copy(update={"version": version})
-        bucket.put_document(DatasetLayout("default", "words", version).document, document)
-    assert find_dataset(bucket, "default", "words").version == "v2"
-    assert find_dataset(bucket, "default", "words@v1").version == "v1"
-    with pytest.raises(ObjectMissing):
-        find_dataset(bucket, "other", "words")
-    bucket.put(DatasetLayout("default", "words", "v3").document, json.dumps({"name": "words"}).encode())
-    with pytest.raises(InvalidData, match=r"dataset\.json is not a valid DatasetDocument"):
-        find_dataset(bucket, "default", "words")

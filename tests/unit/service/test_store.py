@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from api.jobs import ENDED, JobState
 from service.auth import authenticate, create_key
-from service.store import IdempotencyRecord, NewEvent, Store, make_engine, migrate
+from service.store import IdempotencyRecord, JobFilter, NewEvent, Store, make_engine, migrate
 from service.tables import metadata
 from tests.fakes import ACCEPTED, T0, job_id, new_store, row
 
@@ -177,7 +177,7 @@ def test_deleted_jobs_are_seen_only_by_the_purge(store: Store) -> None:
     buried = store.apply(job, {"deleted_at": T0})
     assert buried is not None
     assert store.get(job.id, "default") is None
-    assert store.page("default", limit=9) == []
+    assert store.page("default", JobFilter(), limit=9) == []
     assert store.to_purge() == [buried]
     assert store.apply(buried, {"purged_at": T0}) is not None
     assert store.to_purge() == []
@@ -194,7 +194,7 @@ def test_pages_show_every_job_once_while_newer_ones_arrive(
     seen: list[str] = []
     newest = 100
     while len(seen) <= len(numbers):
-        page = store.page("default", limit=limit, before=seen[-1] if seen else None)
+        page = store.page("default", JobFilter(), limit=limit, before=seen[-1] if seen else None)
         assert len(page) <= limit
         seen += [job.id for job in page]
         if len(page) < limit:
@@ -218,9 +218,9 @@ def test_a_page_holds_only_what_was_asked_for(store: Store) -> None:
     store.insert(row(1, state="failed"), ACCEPTED, None)
     store.insert(row(2, name="other"), ACCEPTED, None)
     store.insert(row(3, project="another"), ACCEPTED, None)
-    assert [job.id for job in store.page("default", limit=9, state="failed")] == [job_id(1)]
-    assert [job.id for job in store.page("default", limit=9, name="other")] == [job_id(2)]
-    assert [job.id for job in store.page("another", limit=9)] == [job_id(3)]
+    assert [job.id for job in store.page("default", JobFilter([JobState.FAILED]), limit=9)] == [job_id(1)]
+    assert [job.id for job in store.page("default", JobFilter(name="other"), limit=9)] == [job_id(2)]
+    assert [job.id for job in store.page("another", JobFilter(), limit=9)] == [job_id(3)]
 
 
 def test_the_tables_agree_with_the_migrations(store: Store) -> None:
@@ -259,3 +259,19 @@ def test_a_key_is_stored_as_a_hash_alone(tmp_path: Path, store: Store) -> None:
     assert store.revoke_key(key_id)
     assert not store.revoke_key(key_id)
     assert store.find_key("0" * 64) is None
+
+
+def test_the_rows_of_an_older_schema_stay_as_they_are(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    migrate(url, "0001")
+    engine = make_engine(url)
+    old = dataclasses.asdict(row(1, labels={"a": "b"}, state="running", retention=None))
+    del old["retention"]
+    with engine.begin() as connection:
+        connection.execute(sa.insert(metadata.tables["jobs"]).values(**old))
+    migrate(url)
+    store = Store(engine)
+    assert store.live() == [row(1, labels={"a": "b"}, state="running", retention=None)]
+    assert store.retained() == []
+    assert store.apply(store.live()[0], {"message": "and on"}, [NewEvent("note", "it goes")]) is not None
+    engine.dispose()

@@ -19,7 +19,7 @@ from service.up import Options
 def plan(tmp_path: Path) -> Plan:
     state = up_module.prepare_state(tmp_path / "state")
     programs = Programs(s3=("rclone",), ray=("ray",))
-    return Plan(state, Ports(1, 2, 3, (4, 5, 6, 7, 8)), programs, cpus=3, ray_folder=Path("/tmp/short"))
+    return Plan(state, Ports(1, 2, 3, 9, (4, 5, 6, 7, 8)), programs, cpus=3, ray_folder=Path("/tmp/short"))
 
 
 def collect(lines: list[str]) -> Callable[[str], None]:
@@ -112,10 +112,10 @@ def test_free_ports_are_distinct_and_avoid_what_they_are_told() -> None:
 def test_a_default_port_gives_way_to_a_named_one() -> None:
     said: list[str] = []
     port = processes.free_ports(1)[0]
-    ports = up_module.choose_ports(Options(s3_port=port, port=0, dashboard_port=0), collect(said))
+    ports = up_module.choose_ports(Options(s3_port=port, port=0, dashboard_port=0, metrics_port=0), collect(said))
     assert ports.s3 == port
-    everything = [ports.api, ports.dashboard, ports.s3, *ports.ray]
-    assert len(set(everything)) == len(everything) == 8
+    everything = [ports.api, ports.dashboard, ports.s3, ports.metrics, *ports.ray]
+    assert len(set(everything)) == len(everything) == 9
     assert said == []
 
 
@@ -157,9 +157,17 @@ def test_control_plane_is_told_where_everything_is(plan: Plan) -> None:
     environment = stack.control_plane_environment(plan, {})
     assert environment["LOCKSTEP_DATABASE_URL"] == f"sqlite:///{plan.state}/lockstep.db"
     assert environment["LOCKSTEP_PORT"] == "1"
+    assert environment["LOCKSTEP_METRICS_PORT"] == "9"
     assert environment["LOCKSTEP_RAY_ADDRESS"] == "http://127.0.0.1:2"
     assert environment["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:3"
     assert environment["LOCKSTEP_WORKER_PYTHON"] == sys.executable
+
+
+def test_a_person_is_told_both_places_to_scrape(plan: Plan, tmp_path: Path) -> None:
+    told = up_module.table(plan, tmp_path)
+    assert "http://127.0.0.1:9/metrics " in told
+    assert "http://127.0.0.1:8/metrics " in told
+    assert "--metrics-export-port=8" in stack.ray_command(plan)
 
 
 def test_loopback_goes_past_a_proxy_that_the_user_has(plan: Plan) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from api.arithmetic import parameter_count
-from api.spec import ModelSpec
+from api.spec import ModelSpec, Precision
 from workers.model import Attention, FeedForward, Transformer, generate, make_norm, rotary_table, rotate
 
 VOCAB, T = 31, 12
@@ -21,9 +21,11 @@ def spec(**changes: Any) -> ModelSpec:
     return ModelSpec(**{"layers": 2, "width": 16, "heads": 4, **changes})
 
 
-def build(seed: int = 0, vocab: int = VOCAB, length: int = T, **changes: Any) -> Transformer:
+def build(
+    seed: int = 0, vocab: int = VOCAB, length: int = T, precision: Precision = "fp32", **changes: Any
+) -> Transformer:
     torch.manual_seed(seed)
-    return Transformer(spec(**changes), vocab, length)
+    return Transformer(spec(**changes), vocab, length, precision)
 
 
 def some_tokens(batch: int = 3, length: int = T, seed: int = 1) -> Tensor:
@@ -151,6 +153,64 @@ def test_rotary_turns_without_stretching_and_leaves_place_zero_alone() -> None:
     torch.testing.assert_close(turned_BHTE.norm(dim=-1), x_BHTE.norm(dim=-1))
     assert torch.equal(turned_BHTE[:, :, 0], x_BHTE[:, :, 0])
     assert not torch.allclose(turned_BHTE[:, :, 1], x_BHTE[:, :, 1])
+
+
+def test_rotary_computes_in_the_precision_of_its_table() -> None:
+    """Far positions have angles that bf16 cannot tell apart; one position's turn would become another's."""
+    x_BHTE, table = torch.randn(1, 1, 2048, 8).bfloat16(), rotary_table(2048, 8)
+    turned_BHTE = rotate(x_BHTE, table)
+    assert turned_BHTE.dtype is torch.bfloat16
+    assert torch.equal(turned_BHTE, rotate(x_BHTE.float(), table).bfloat16())
+    assert not torch.equal(turned_BHTE, rotate(x_BHTE, table.bfloat16()))
+
+
+def bf16_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x.bfloat16(), layer.weight.bfloat16())
+
+
+def block_in_bf16(block: Any, x_BTD: Tensor, table: Tensor) -> Tensor:
+    """A block with each of its casts written out: products in bf16, norms and residual stream in fp32."""
+    h_BTD = block.attention_norm(x_BTD)
+    q, k, v = (
+        bf16_linear(h_BTD, layer).view(*h_BTD.shape[:2], 4, 4).transpose(1, 2)
+        for layer in (block.attention.query, block.attention.key, block.attention.value)
+    )
+    q, k = (rotate(part.float(), table).bfloat16() for part in (q, k))
+    y_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    x_BTD = x_BTD + bf16_linear(y_BHTE.transpose(1, 2).flatten(2), block.attention.output).float()
+    h_BTD = block.ffn_norm(x_BTD)
+    up_BTF = F.silu(bf16_linear(h_BTD, block.ffn.gate)) * bf16_linear(h_BTD, block.ffn.up)
+    return x_BTD + bf16_linear(up_BTF, block.ffn.down).float()
+
+
+def test_bf16_multiplies_in_bfloat16_and_keeps_everything_else_in_fp32() -> None:
+    model = build(precision="bf16")
+    randomise(model)
+    tokens_BT, targets_BT = some_tokens(seed=1), some_tokens(seed=2)
+    assert model.rotary is not None
+    x_BTD = model.embedding.weight[tokens_BT]
+    for block in model.blocks:
+        x_BTD = block_in_bf16(block, x_BTD, model.rotary)
+    expected_BTV = bf16_linear(model.norm(x_BTD), model.output)
+    assert torch.equal(model(tokens_BT), expected_BTV)
+    loss = model(tokens_BT, targets_BT)
+    assert torch.equal(loss, F.cross_entropy(expected_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum"))
+    loss.backward()
+    tensors = [loss, *model.parameters(), *(parameter.grad for parameter in model.parameters())]
+    assert {tensor.dtype for tensor in tensors if tensor is not None} == {torch.float32}
+
+
+def test_bf16_gives_nearly_the_gradients_of_fp32() -> None:
+    grads = []
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for precision in precisions:
+        model = build(precision=precision)
+        randomise(model)
+        model(some_tokens(seed=1), some_tokens(seed=2)).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    fp32, bf16 = grads
+    assert not torch.equal(fp32, bf16)
+    assert float((fp32 - bf16).norm() / fp32.norm()) < 0.03
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])

@@ -1,7 +1,8 @@
-"""Schedules against their closed forms, AdamW against a hand-written one, clipping against torch and against NaN."""
+"""Schedules against closed forms and torch's own, AdamW against a hand-written one, clipping against torch and NaN."""
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,17 +10,38 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    SequentialLR,
+)
 
 from api.spec import ClipSpec, ModelSpec, OptimizerSpec, ScheduleSpec
 from workers.model import Transformer
 from workers.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate, warmup_steps
 
-schedules = st.builds(
-    ScheduleSpec,
-    type=st.sampled_from(["constant", "cosine"]),
-    warmup_steps=st.one_of(st.none(), st.integers(0, 50)),
-    floor=st.floats(0, 1),
+WARMUPS = st.one_of(st.none(), st.integers(0, 50))
+FLOORS = st.one_of(st.none(), st.floats(0, 1))
+schedules = st.one_of(
+    st.builds(ScheduleSpec, type=st.just("constant"), warmup_steps=WARMUPS),
+    st.builds(
+        ScheduleSpec,
+        type=st.sampled_from(["linear", "cosine", "inverse_sqrt"]),
+        warmup_steps=WARMUPS,
+        floor=FLOORS,
+    ),
+    st.builds(
+        ScheduleSpec,
+        type=st.just("wsd"),
+        warmup_steps=WARMUPS,
+        floor=FLOORS,
+        decay_fraction=st.one_of(st.none(), st.floats(0, 1, exclude_min=True)),
+    ),
 )
+KINDS: list[Any] = ["norm", "infinity_norm", "value"]
 
 
 def rates(schedule: ScheduleSpec, total: int, peak: float = 2.0) -> list[float]:
@@ -72,8 +94,68 @@ def test_every_schedule_rises_to_its_peak_never_rises_again_and_ends_at_its_floo
     if 0 < warmup <= total:
         assert rise[-1] == pytest.approx(peak, rel=1e-12)
     if warmup < total:
-        floor = schedule.floor if schedule.type == "cosine" else 1.0
-        assert found[-1] == pytest.approx(peak * floor, rel=1e-9, abs=1e-15)
+        floor = schedule.floor if schedule.floor is not None else 1.0
+        assert min(found[warmup:]) >= peak * floor * (1 - 1e-12)
+        if schedule.type != "inverse_sqrt":
+            assert found[-1] == pytest.approx(peak * floor, rel=1e-9, abs=1e-15)
+
+
+def torchs_rates(make: Callable[[torch.optim.Optimizer], LRScheduler], warmup: int, steps: int) -> list[float]:
+    """Return the rates of torch's own linear warm-up to a peak of 2, and of one of its schedules after it."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+    scheduler = SequentialLR(optimizer, [rise, make(optimizer)], milestones=[warmup - 1])
+    found = []
+    for _ in range(steps):
+        found.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "make"),
+    [
+        ({"type": "constant"}, lambda o: ConstantLR(o, factor=1.0)),
+        ({"type": "linear", "floor": 0.25}, lambda o: LinearLR(o, 1.0, 0.25, total_iters=20)),
+        ({"type": "cosine", "floor": 0.25}, lambda o: CosineAnnealingLR(o, T_max=20, eta_min=0.5)),
+        ({"type": "inverse_sqrt", "floor": 0.0}, lambda o: LambdaLR(o, lambda k: math.sqrt(5 / (5 + k)))),
+        (
+            {"type": "wsd", "floor": 0.25, "decay_fraction": 0.32},
+            lambda o: LambdaLR(o, lambda k: 1 - 0.75 * max(0, k - 12) / 8),
+        ),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+def test_schedules_agree_with_torchs(schedule: dict[str, Any], make: Callable[[Any], LRScheduler]) -> None:
+    found = rates(ScheduleSpec(warmup_steps=5, **schedule), 25)
+    assert found == pytest.approx(torchs_rates(make, warmup=5, steps=25), rel=1e-9)
+
+
+def test_inverse_sqrt_is_the_schedule_of_attention_is_all_you_need() -> None:
+    """lrate = d^-½ · min(step^-½, step · warmup^-1.5), here with d such that the peak is 2."""
+    expected = [2.0 * math.sqrt(7) * min(step**-0.5, step * 7**-1.5) for step in range(1, 101)]
+    assert rates(ScheduleSpec(type="inverse_sqrt", warmup_steps=7, floor=0.0), 100) == pytest.approx(expected)
+
+
+def test_inverse_sqrt_stays_at_its_floor_and_without_warm_up_begins_at_the_peak() -> None:
+    found = rates(ScheduleSpec(type="inverse_sqrt", warmup_steps=0, floor=0.5), 6)
+    assert found == pytest.approx([2.0, 2.0 / math.sqrt(2), 2.0 / math.sqrt(3), 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "fraction", "expected"),
+    [
+        (2, 0.4, [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0]),
+        (0, 0.01, [2.0] * 9 + [1.0]),
+        (0, 1.0, [1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2, 1.1, 1.0]),
+        (8, 0.4, [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 1.5, 1.0]),
+    ],
+    ids=["stable between", "one step at least", "no stable part", "warm-up longer than the stable part"],
+)
+def test_wsd_is_at_its_peak_until_the_last_part_of_the_run(warmup: int, fraction: float, expected: list[float]) -> None:
+    schedule = ScheduleSpec(type="wsd", warmup_steps=warmup, floor=0.5, decay_fraction=fraction)
+    assert rates(schedule, 10) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("total", "expected"), [(1, 0), (9, 0), (10, 1), (500, 50), (1000, 100), (100_000, 100)])
@@ -99,19 +181,27 @@ def test_the_learning_rate_reaches_every_group() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
 
-def test_clipping_equals_torchs_and_returns_the_norm_from_before() -> None:
-    ours, theirs = with_gradients(tiny_model(), 3.0), with_gradients(tiny_model(), 3.0)
-    expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
-    norm = clip_gradients(ours, ClipSpec(threshold=0.5))
-    assert torch.equal(norm, expected)
+def torchs_clip(model: nn.Module, kind: str) -> Any:
+    match kind:
+        case "norm":
+            return nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        case "infinity_norm":
+            return nn.utils.clip_grad_norm_(model.parameters(), 0.5, norm_type=math.inf)
+    return nn.utils.clip_grad_value_(model.parameters(), 0.5)
+
+
+@pytest.mark.parametrize(("kind", "order"), [("norm", 2.0), ("infinity_norm", math.inf), ("value", math.inf)])
+def test_clipping_equals_torchs_and_returns_the_euclidean_norm_from_before(kind: Any, order: float) -> None:
+    ours, theirs, untouched = (with_gradients(tiny_model(), 3.0) for _ in range(3))
+    torchs_clip(theirs, kind)
+    norm = clip_gradients(ours, ClipSpec(type=kind, threshold=0.5))
     assert all(torch.equal(a, b) for a, b in zip(gradients(ours), gradients(theirs), strict=True))
-    before = torch.cat([g.flatten() for g in gradients(with_gradients(tiny_model(), 3.0))]).norm()
-    after = torch.cat([g.flatten() for g in gradients(ours)]).norm()
-    assert float(norm) == pytest.approx(float(before), rel=1e-5)
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(untouched.parameters(), math.inf))
+    after = torch.cat([g.flatten() for g in gradients(ours)]).norm(order)
     assert float(after) == pytest.approx(0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("clip", [None, ClipSpec(threshold=1e9)])
+@pytest.mark.parametrize("clip", [None, *(ClipSpec(type=kind, threshold=1e9) for kind in KINDS)])
 def test_without_clipping_or_below_the_threshold_gradients_stay_as_they_are(clip: ClipSpec | None) -> None:
     model = with_gradients(tiny_model())
     before = gradients(model)
@@ -120,7 +210,7 @@ def test_without_clipping_or_below_the_threshold_gradients_stay_as_they_are(clip
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(model), strict=True))
 
 
-@pytest.mark.parametrize("clip", [None, ClipSpec()])
+@pytest.mark.parametrize("clip", [None, *(ClipSpec(type=kind) for kind in KINDS)])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_one_gradient_that_is_not_finite_makes_the_norm_so(clip: ClipSpec | None, poison: float) -> None:
     model = with_gradients(tiny_model())

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 
 from api.documents import ShardDocument
 from api.errors import InvalidData
+from api.names import END_OF_TEXT
 from api.spec import TokenizerSpec
 from workers.blocks import Shard, check_header
 from workers.order import BLOCK_BYTES, HEADER_BYTES
-from workers.tokens import END_OF_TEXT, describe_shard, encode, shard_bytes, train_tokenizer, unigram_loss
+from workers.tokens import describe_shard, encode, shard_bytes, train_tokenizer, unigram_loss
 
 BPE = TokenizerSpec(type="bpe", vocab_size=300)
 CHARACTERS = TokenizerSpec(type="characters")
@@ -121,8 +122,10 @@ def test_a_readers_check_accepts_the_header_and_refuses_any_other(dtype: str) ->
     wrong_type = np.dtype("<u4") if dtype == "uint16" else np.dtype("<u2")
     wrong_count = document.model_copy(update={"tokens": 11})
     for shard in (Shard("some/key", document, wrong_type), Shard("some/key", wrong_count, itemtype)):
-        with pytest.raises(InvalidData, match=r"some/key has a header of magic \d+.* 10 tokens"):
+        with pytest.raises(InvalidData, match=r"some/key has a header of 10 tokens of uint"):
             check_header(shard, body)
+    with pytest.raises(InvalidData, match="some/key is no token shard: its header begins with magic 1, version 1"):
+        check_header(Shard("some/key", document, itemtype), b"\1\0\0\0" * 256)
 
 
 def test_a_shard_is_described_by_a_hash_of_each_block_of_the_file() -> None:

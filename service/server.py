@@ -1,0 +1,39 @@
+"""The HTTP server: uvicorn, with an end that live streams do not hold up, and a port beside it for metrics."""
+
+import asyncio
+import socket
+from contextlib import ExitStack
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.metrics import Measures
+from service.sse import Streams
+
+_GRACE_SECONDS = 3
+"""For requests to end by themselves when the server stops; then they are cut off."""
+
+
+class Server(uvicorn.Server):
+    """Serves the application until SIGINT or SIGTERM. Left alone, uvicorn would wait for the end of every stream."""
+
+    def __init__(self, app: FastAPI, host: str, port: int, metrics_port: int | None = None, **options: Any) -> None:
+        super().__init__(
+            uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=_GRACE_SECONDS, ws="none", **options)
+        )
+        self._streams: Streams = app.state.streams
+        self._measures: Measures = app.state.measures
+        self._metrics_port, self._scrapes = metrics_port, ExitStack()
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop; MetricsPortBusy before anything has started."""
+        with self._scrapes as scrapes:
+            if self._metrics_port is not None:
+                scrapes.enter_context(self._measures.served(self.config.host, self._metrics_port))
+            super().run(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._streams.close()
+        await asyncio.to_thread(self._scrapes.close)  # before what a scrape looks at
+        await super().shutdown(sockets)
