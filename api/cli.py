@@ -4,9 +4,6 @@ Exit codes: 0 done (or the job succeeded), 1 the job failed, 2 usage or a bad sp
 4 the control plane did not answer or had an error of its own, 130 Ctrl-C.
 """
 
-import json
-import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from typer.core import TyperGroup
@@ -25,13 +21,11 @@ from .documents import now
 from .download import FILES, SaveError, all_or_none, bar, choose, refuse_existing
 from .errors import ApiError, LockstepError, NotFound
 from .jobs import Event, Job, JobState, LogLine, MetricPoint, ModelFile, Rewind
+from .specfile import SpecFileError, read_spec
+from .words import plain
 
 JOB_FAILED, BAD_REQUEST, JOB_CANCELLED, NO_SERVER, INTERRUPTED = 1, 2, 3, 4, 130
 _END_CODES = {JobState.FAILED: JOB_FAILED, JobState.CANCELLED: JOB_CANCELLED}
-
-
-class SpecFileError(LockstepError):
-    """A spec file cannot be read, or is not a mapping of YAML or JSON."""
 
 
 class Output(StrEnum):
@@ -134,7 +128,7 @@ def list_jobs(
         page = client.list(state, name, limit, cursor, label)
         _print(client, output, lambda: show.job_table(page.items, now()))
     if page.next_cursor and output is Output.TABLE:
-        typer.echo(f"There are more: --cursor {show.plain(page.next_cursor)}", err=True)
+        typer.echo(f"There are more: --cursor {plain(page.next_cursor)}", err=True)
 
 
 @app.command("show")
@@ -242,20 +236,65 @@ def _saved(client: Client, job_id: str, step: int, name: ModelFile, to: Path) ->
         if not name.startswith("tokenizer"):
             raise
         if name == "tokenizer.json":  # and not a second time for its config
-            typer.echo(f"No tokenizer: {show.plain(str(error))}", err=True)
+            typer.echo(f"No tokenizer: {plain(str(error))}", err=True)
         return False
     return True
 
 
 @app.command()
-def cancel(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
+def cancel(
+    ctx: typer.Context,
+    job_id: JobId,
+    keep_checkpoint: Annotated[bool, typer.Option("--keep-checkpoint", help="Write a checkpoint before.")] = False,
+    output: Format = Output.TABLE,
+) -> None:
     """Stop a job."""
     with _job(ctx, job_id, only=True) as (client, job_id):
-        job = client.cancel(job_id)
-        if output is Output.TABLE and not job.state.ended:
-            typer.echo(f"Cancellation requested. It stops within a step: lockstep watch {job.id}")
-        else:
-            _print(client, output, lambda: show.job_detail(job, now()))
+        job = client.cancel(job_id, keep_checkpoint)
+        _answer_request(client, job, output, "Cancellation requested. It stops within a step")
+
+
+@app.command()
+def pause(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
+    """Let a training write a checkpoint and let go of its workers, until it is resumed."""
+    with _job(ctx, job_id, only=True) as (client, job_id):
+        _answer_request(client, client.pause(job_id), output, "Pause requested. It writes a checkpoint first")
+
+
+@app.command()
+def resume(
+    ctx: typer.Context,
+    job_id: JobId,
+    workers: Annotated[int | None, typer.Option(min=1, help="Go on with this many workers.")] = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Let a paused job go on."""
+    with _job(ctx, job_id, only=True) as (client, job_id):
+        _answer_request(client, client.resume(job_id, workers), output, "Resumed. It waits for its turn")
+
+
+@app.command()
+def retry(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
+    """Submit a failed or cancelled job once more: a new job that goes on from its newest checkpoint."""
+    with _job(ctx, job_id, only=True) as (client, job_id):
+        job = client.retry(job_id)
+        _print(client, output, lambda: show.job_detail(job, now()))
+
+
+@app.command()
+def queue(ctx: typer.Context, output: Format = Output.TABLE) -> None:
+    """Show the jobs that wait for their turn, and why."""
+    with _client(ctx) as client:
+        page = client.queue()
+        _print(client, output, lambda: show.queue_table(page.items, now()))
+
+
+def _answer_request(client: Client, job: Job, output: Output, sentence: str) -> None:
+    """Say that a request was taken, or show the job if it has ended already."""
+    if output is Output.TABLE and not job.state.ended:
+        typer.echo(f"{sentence}: lockstep watch {job.id}")
+    else:
+        _print(client, output, lambda: show.job_detail(job, now()))
 
 
 @app.command()
@@ -272,57 +311,7 @@ def delete(
         else:
             client.delete_checkpoint(job_id, checkpoint)
         what = job_id if checkpoint is None else f"the checkpoint of {job_id} at step {checkpoint}"
-        _print(client, output, lambda: show.plain(f"Deleted {what}."))
-
-
-def read_spec(file: str) -> dict[str, Any]:
-    """Return the mapping in a YAML or JSON file (`-`: standard input). Raises SpecFileError."""
-    where = "standard input" if file == "-" else file
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        spec = json.loads(text) if file.endswith(".json") else yaml.load(text, _SpecLoader)
-    except OSError as error:
-        raise SpecFileError(f"{where} cannot be read: {error.strerror}.") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = ", ".join(filter(None, (error.context, error.problem)))
-        raise SpecFileError(f"{where}{place}: not valid YAML: {problem}.") from error
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise SpecFileError(f"{where} is not YAML or JSON: {show.plain(str(error))}.") from error
-    if not isinstance(spec, dict):
-        raise SpecFileError(f"{where} holds no job spec: it must be a mapping, such as `name: my-first-job`.")
-    return spec
-
-
-class _SpecLoader(yaml.SafeLoader):
-    """YAML as its version 1.2 reads it, which is as JSON would: `6e-4` is a number, `no` and a date are text."""
-
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:  # PyYAML would let the last one win
-                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
-            seen.add(key.value)
-        return node
-
-    def construct_integer(self, node: yaml.ScalarNode) -> int:
-        text = self.construct_scalar(node)
-        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
-
-
-_SpecLoader.yaml_implicit_resolvers = {}  # none of YAML 1.1, whose rules these replace
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-    ("merge", r"<<", ["<"]),
-):
-    _SpecLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-_SpecLoader.add_constructor("tag:yaml.org,2002:int", _SpecLoader.construct_integer)
+        _print(client, output, lambda: plain(f"Deleted {what}."))
 
 
 @contextmanager
@@ -339,9 +328,7 @@ def _job(ctx: typer.Context, text: str, only: bool = False) -> Iterator[tuple[Cl
         found = lookup.find_jobs(client, text)
         job_id = lookup.only(text, found) if only else found[0]
         if len(found) > 1:
-            typer.echo(
-                f"{show.plain(text)}: the newest of several, {job_id}. Before it: {', '.join(found[1:])}", err=True
-            )
+            typer.echo(f"{plain(text)}: the newest of several, {job_id}. Before it: {', '.join(found[1:])}", err=True)
         yield client, job_id
 
 
@@ -357,7 +344,7 @@ def _watch(client: Client, job_id: str, output: Output) -> None:
         updates = client.follow(job_id)
         job = _print_events(updates) if output is Output.JSON else show.watch(Console(), updates)
     except KeyboardInterrupt:
-        typer.echo(f"The job goes on without you. To stop it: lockstep cancel {show.plain(job_id)}", err=True)
+        typer.echo(f"The job goes on without you. To stop it: lockstep cancel {plain(job_id)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(_END_CODES.get(job.state, 0) if job else 0)
 
@@ -408,17 +395,17 @@ def _all_lines(client: Client, job_id: str, rank: int | None) -> Iterator[LogLin
 
 
 def _log_line(line: LogLine, rank: int | None) -> str:
-    text = show.plain(line.text.expandtabs())
+    text = plain(line.text.expandtabs())
     return text if rank is not None else f"[{line.rank}] {text}"
 
 
 def _complain(error: LockstepError) -> None:
-    typer.echo(show.plain(str(error)), err=True)
+    typer.echo(plain(str(error)), err=True)
     if isinstance(error, ApiError):
         for fault in error.errors[1:] and error.errors:  # a single fault is the message itself
-            typer.echo(f"  {show.plain(fault.path)}: {show.plain(fault.message)}", err=True)
+            typer.echo(f"  {plain(fault.path)}: {plain(fault.message)}", err=True)
         if error.request_id and _code_of(error) == NO_SERVER:
-            typer.echo(f"  request {show.plain(error.request_id)}", err=True)
+            typer.echo(f"  request {plain(error.request_id)}", err=True)
 
 
 def _code_of(error: LockstepError) -> int:

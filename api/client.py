@@ -37,7 +37,20 @@ from .errors import (
     Unreachable,
     api_error,
 )
-from .jobs import Checkpoint, Event, Job, JobState, LogLine, MetricPoint, ModelFile, Page, Plan, Readiness, Rewind
+from .jobs import (
+    Checkpoint,
+    Event,
+    Job,
+    JobState,
+    LogLine,
+    MetricPoint,
+    ModelFile,
+    Page,
+    Plan,
+    QueueEntry,
+    Readiness,
+    Rewind,
+)
 from .json_values import beyond_json
 from .live import EVENT_KINDS, LOG_KINDS, LONGEST_PAUSE, METRIC_KINDS, Kinds, Stream
 from .spec import PrepareSpec, TrainSpec
@@ -62,6 +75,7 @@ _EVENTS = TypeAdapter(Page[Event])
 _METRICS = TypeAdapter(Page[MetricPoint])
 _CHECKPOINTS = TypeAdapter(Page[Checkpoint])
 _LOGS = TypeAdapter(Page[LogLine])
+_QUEUE = TypeAdapter(Page[QueueEntry])
 _READINESS = TypeAdapter(Readiness)
 
 
@@ -117,10 +131,8 @@ class Client:
         The default key is fresh, which makes this client's own retries safe; give one of your own to make a
         whole script safe to run again. Raises InvalidSpec, IdempotencyMismatch, BadRequest.
         """
-        key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
-        if not (key and key.isascii() and key.isprintable()):
-            raise BadRequest(f"{key!r} cannot be an idempotency key: use printable ASCII characters.")
-        return self._ask(_JOB, "POST", "/v1/jobs", body=_json(spec), headers={"Idempotency-Key": key})
+        headers = {"Idempotency-Key": _idempotency_key(idempotency_key)}
+        return self._ask(_JOB, "POST", "/v1/jobs", body=_json(spec), headers=headers)
 
     def plan(self, spec: Spec) -> Plan:
         """Return what a job would need and do, without creating it. Raises InvalidSpec."""
@@ -158,9 +170,27 @@ class Client:
             if not (cursor := page.next_cursor):
                 return
 
-    def cancel(self, job_id: str) -> Job:
-        """Ask for a job to be stopped. Raises Conflict when it has ended otherwise."""
-        return self._ask(_JOB, "POST", _path(job_id, "cancel"), patience=0)
+    def cancel(self, job_id: str, keep_checkpoint: bool = False) -> Job:
+        """Ask for a job to be stopped, after one more checkpoint if wanted. Raises Conflict when it has ended."""
+        body = _json({"keep_checkpoint": keep_checkpoint})
+        return self._ask(_JOB, "POST", _path(job_id, "cancel"), body=body, patience=0)
+
+    def pause(self, job_id: str) -> Job:
+        """Ask a training to write a checkpoint and let go of its workers. Raises Conflict when it cannot."""
+        return self._ask(_JOB, "POST", _path(job_id, "pause"), patience=0)
+
+    def resume(self, job_id: str, workers: int | None = None) -> Job:
+        """Let a paused job go on. Raises Conflict when it is not paused, InvalidSpec when it cannot run so."""
+        return self._ask(_JOB, "POST", _path(job_id, "resume"), body=_json({"workers": workers}), patience=0)
+
+    def retry(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
+        """Submit an ended job once more: a new job that goes on from its newest checkpoint. Otherwise as `submit`."""
+        headers = {"Idempotency-Key": _idempotency_key(idempotency_key)}
+        return self._ask(_JOB, "POST", _path(job_id, "retry"), headers=headers)
+
+    def queue(self) -> Page[QueueEntry]:
+        """Return the jobs that wait for their turn, who is next first."""
+        return self._ask(_QUEUE, "GET", "/v1/queue")
 
     def delete(self, job_id: str) -> None:
         """Delete an ended job with everything it wrote. Raises Conflict while it runs."""
@@ -398,6 +428,14 @@ class Client:
                 f"{response.url} answered {status}, but not in the way of Lockstep. Is LOCKSTEP_URL right?"
             ) from None
         raise api_error(problem)
+
+
+def _idempotency_key(given: str | None) -> str:
+    """Return a fresh key, or the given one; BadRequest if no header can carry it."""
+    key = str(uuid.uuid4()) if given is None else given
+    if not (key and key.isascii() and key.isprintable()):
+        raise BadRequest(f"{key!r} cannot be an idempotency key: use printable ASCII characters.")
+    return key
 
 
 def _path(job_id: str, *rest: str) -> str:

@@ -76,6 +76,13 @@ class BlockDocument(Document):
     created_at: datetime
 
 
+class CheckpointRef(Document):
+    segment: str
+    step: int
+    job_id: str | None = None
+    """The job that it belongs to, where that is another one than the one that refers to it."""
+
+
 class JobDocument(Document):
     """`job.json`: the job as accepted, dataset pinned. Written before the first attempt."""
 
@@ -84,6 +91,8 @@ class JobDocument(Document):
     owner: str
     spec: JobSpec
     dataset_version: str | None
+    init: CheckpointRef | None = None
+    """The checkpoint of another job that this one begins at."""
     created_at: datetime
 
 
@@ -94,21 +103,27 @@ class AttemptDocument(Document):
     attempt: int
     submission_id: str
     ray_session: str
+    workers: int | None = None
+    """World size of this attempt; null in documents of before it was recorded: as the spec says."""
     created_at: datetime
 
 
-Wish = Literal["run", "cancel", "superseded"]
+Wish = Literal["run", "pause", "cancel", "superseded"]
 
 
 class ControlDocument(Document):
     """`control.json`: what the control plane wants of an attempt. Never goes back from a stop to `run`."""
 
     wish: Wish = "run"
+    keep_checkpoint: bool = False
+    """Whether a run that is cancelled writes a checkpoint first; one that is paused always does."""
 
 
-class CheckpointRef(Document):
-    segment: str
-    step: int
+class NoticeDocument(Document):
+    """`notice.json`: the driver's notice that the attempt must end soon, whoever wants it. Written once."""
+
+    message: str
+    created_at: datetime
 
 
 class Fingerprint(Document):
@@ -133,6 +148,10 @@ class SegmentDocument(Document):
     world_size: int
     fingerprint: Fingerprint | None
     """Null for a preparation, whose bytes do not depend on it."""
+    skipped: list[int] = Field(default_factory=list)
+    """Global batches that this run leaves out, ascending, by their number in the order of the data (from 1)."""
+    redoes_evaluation: bool = False
+    """Whether it begins with the evaluation of the step that it begins at, which a stop had cut short."""
     created_at: datetime
 
     model_config = ConfigDict(extra="ignore", frozen=True, validate_by_name=True, serialize_by_alias=True)
@@ -160,11 +179,34 @@ class Manifest(Document):
     parts: list[Receipt]
     metrics: dict[str, float]
     """The evaluation of this step, if there was one."""
+    skipped: list[int] = Field(default_factory=list)
+    """Global batches that were left out on purpose so far; with the step, all that the order of the data needs."""
     created_at: datetime
 
     @property
     def size(self) -> int:
         return sum(part.size for part in self.parts)
+
+
+class FaultDocument(Document):
+    """`faults/<rank>.json`: what ended a rank, as far as it, or the driver for it, could still say so."""
+
+    rank: int
+    step: int
+    reason: Reason
+    phase: str
+    message: str
+    created_at: datetime
+
+
+class HeartbeatDocument(Document):
+    """`heartbeat.json`: a sign of life by rank 0. Written anew while the count grows, and only then."""
+
+    count: int
+    phase: str
+    step: int
+    limit: float
+    """Seconds of standstill after which the ranks' own watchdogs act."""
 
 
 class ResultDocument(Document):

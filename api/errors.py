@@ -13,6 +13,7 @@ LockstepError
 │   ├── ObjectMissing           no such object
 │   ├── StorageDenied           credentials or policy refused
 │   └── StorageUnavailable      no answer, or only errors, after the retries
+├── SnapshotFailed              no memory for a checkpoint's copy of the weights
 ├── InvalidData                 bytes that are not what their hash, header or schema says
 └── Unsupported                 what a spec asks for and the machine cannot do
 """
@@ -156,6 +157,10 @@ class StorageUnavailable(StorageError):
     """The store did not answer, or answered only with errors."""
 
 
+class SnapshotFailed(LockstepError):
+    """There is no memory for a copy of the weights: this checkpoint is not written, the training goes on."""
+
+
 class InvalidData(LockstepError):
     """Bytes are not what their hash, their header or their schema says."""
 
@@ -176,12 +181,14 @@ def faults_of(errors: list[Any]) -> list[Fault]:
 
 #: What pydantic puts into a location that is no field: the request's body, and the tags of unions.
 _NO_FIELDS = {"body", "train", "prepare", "python-stdlib"}
+#: Tags that are also names of fields, elsewhere.
+_TAGS = {("source", "text"), ("workers", "number"), ("workers", "range")}
 
 
 def _json_path(loc: tuple[int | str, ...]) -> str:
     path = "$"
     for before, part in zip((None, *loc), loc, strict=False):
-        if part in _NO_FIELDS or (before, part) == ("source", "text"):
+        if part in _NO_FIELDS or (before, part) in _TAGS:
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path
@@ -195,7 +202,7 @@ def _sentence(error: Any) -> str:
             return "this field is required"
         case "value_error":
             return str(error["msg"]).removeprefix("Value error, ")
-        case "string_pattern_mismatch" if error["loc"][-1] == "job_id":
+        case "string_pattern_mismatch" if error["loc"][-1] in ("job_id", "from_job"):
             return f"{str(error['input'])[:60]!r} is not a job's id; `lockstep list` shows the ids"
         case "string_pattern_mismatch" if error["loc"][:2] == ("query", "label"):
             return f"{str(error['input'])[:60]!r} is no label; write `key=value`, or `key` alone for any value"

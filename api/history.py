@@ -18,9 +18,16 @@ class Span:
     segment: str
     start: int
     end: int | None
+    whole: bool = True
+    """Whether it begins where the segment does."""
 
     def contains(self, step: int) -> bool:
         return self.start < step and (self.end is None or step <= self.end)
+
+    def covers(self, step: int) -> bool:
+        """Whether a metric line of this step belongs to it. A segment's line of the step that it began at is that of
+        an evaluation which was cut short before, by a stop that wrote the checkpoint."""
+        return self.contains(step) or (self.whole and step == self.start)
 
 
 def newest(segments: Iterable[SegmentDocument]) -> SegmentDocument | None:
@@ -42,7 +49,8 @@ def history(segments: Iterable[SegmentDocument], end: CheckpointRef | None = Non
         by_id.pop(last.segment, None)
         origin = last.origin
         spans.append(Span(last.segment, origin.step if origin else 0, limit))
-        last, limit = (by_id.get(origin.segment), origin.step) if origin else (None, None)
+        here = origin is not None and origin.job_id is None  # a fork's first segment points into another job
+        last, limit = (by_id.get(origin.segment), origin.step) if origin and here else (None, None)
     return spans[::-1]
 
 
@@ -75,11 +83,11 @@ def route(segments: Iterable[SegmentDocument], end: CheckpointRef | None, positi
     the last one that they share, where the earlier of the two leaves it; what the reader has beyond that is no
     longer part of the history, or never was. The steps of a segment's lines never go down.
     """
-    known = list(segments)
-    present = history(known, end)
+    by_id = {segment.segment: segment for segment in segments}
+    present = history(by_id.values(), end)
     if position is None:
         return Route(None, False, present, False)
-    path = history(known, CheckpointRef(segment=position.segment, step=position.step))
+    path = history(by_id.values(), CheckpointRef(segment=position.segment, step=position.step))
     common = _common(path, present)
     if not common:
         return Route(None, position.step > 0, present, False)
@@ -87,10 +95,12 @@ def route(segments: Iterable[SegmentDocument], end: CheckpointRef | None, positi
     here = common == len(path)
     left_at = position.step if here else path[common].start
     parting = left_at if shared.end is None else min(left_at, shared.end)
+    if not here and by_id[path[common].segment].redoes_evaluation and left_at == parting:
+        parting -= 1  # it may have a line of that step from the segment that is left: all of the step once more
     rewinds = position.step > parting
     if here and not rewinds:
         return Route(position, False, present[common - 1 :], True)
-    rest = replace(shared, start=parting)
+    rest = replace(shared, start=parting, whole=False)
     # Going on in the middle of a span that ends right there would be to read nothing.
     spans = present[common:] if rest.start == rest.end else [rest, *present[common:]]
     return Route(Position(shared.segment, parting), rewinds, spans, False)

@@ -20,6 +20,8 @@ class JobState(StrEnum):
     STARTING = "starting"
     RUNNING = "running"
     RECOVERING = "recovering"
+    PAUSING = "pausing"
+    PAUSED = "paused"
     CANCELLING = "cancelling"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -38,6 +40,15 @@ class Reason(StrEnum):
 
     COMPLETED = "completed"
     USER_CANCELLED = "user_cancelled"
+    USER_PAUSED = "user_paused"
+    PREEMPTED = "preempted"
+    """A job of higher priority needs the room."""
+    RESIZED = "resized"
+    """More workers have room now."""
+    DRAINED = "drained"
+    """Notice that the machine or the driver is about to go."""
+    REWOUND = "rewound"
+    """Back to a checkpoint, to leave out a batch whose loss is not finite."""
     DEADLINE = "deadline"
     INVALID_DATA = "invalid_data"
     NON_FINITE_LOSS = "non_finite_loss"
@@ -45,6 +56,11 @@ class Reason(StrEnum):
     UNSUPPORTED = "unsupported"
     STORAGE_UNAVAILABLE = "storage_unavailable"
     WORKER_LOST = "worker_lost"
+    """A process of the job, or the machine below it, was killed."""
+    WORKER_ERROR = "worker_error"
+    """A process of the job failed by itself."""
+    CRASH_LOOP = "crash_loop"
+    HUNG = "hung"
     RAY_LOST = "ray_lost"
     START_TIMEOUT = "start_timeout"
     SUPERSEDED = "superseded"
@@ -75,6 +91,13 @@ class Progress(Answer):
     eta_seconds: float | None = None
 
 
+class Origin(Answer):
+    """A checkpoint of another job."""
+
+    job_id: str
+    step: int
+
+
 class Job(Answer):
     id: str
     name: str
@@ -87,17 +110,52 @@ class Job(Answer):
     """One sentence on the present state, or on how the job ended."""
     attempt: int
     """Attempts begun so far."""
+    workers: int | None = None
+    """World size of the present attempt."""
     conditions: list[Condition]
     progress: Progress
     result: dict[str, Any]
     """What the job made; empty until it has succeeded."""
     spec: JobSpec
     dataset_version: str | None
+    init: Origin | None = None
+    """The checkpoint of another job that this one begins at."""
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
     warnings: list[str] = Field(default_factory=list)
     """What the plan found worth saying at submission."""
+
+
+class ResumeRequest(BaseModel):
+    """How a paused job shall go on."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    workers: int | None = Field(default=None, ge=1, le=4096)
+    """With this many workers from now on; null: as the spec says."""
+
+
+class CancelRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    keep_checkpoint: bool = False
+    """Write a checkpoint before stopping, so that another job can begin there."""
+
+
+class QueueEntry(Answer):
+    """A job that waits for its turn."""
+
+    position: int
+    """From 1."""
+    job_id: str
+    name: str
+    priority: int
+    state: JobState
+    needs: str
+    """What it wants of the cluster: workers × resources of each."""
+    message: str
+    """Why it waits, in numbers."""
+    since: datetime
+    """When it entered the line."""
 
 
 class Event(Answer):
@@ -191,7 +249,8 @@ class MemoryPlan(Answer):
     data: int = 0
     """Batches read ahead."""
     snapshot: int
-    """The largest part of a checkpoint while it is written, thrice: the tensors, and their bytes in two copies."""
+    """The copy of weights and moments from which a worker writes its part of a checkpoint, and the piece of it that is
+    read back at a time. The copy is kept from one checkpoint to the next."""
 
     @property
     def certain(self) -> int:
@@ -212,6 +271,8 @@ class TrainPlan(Answer):
     spec: JobSpec
     """With every default filled in."""
     dataset_version: str
+    begins_at: int = 0
+    """The step that the run goes on from; 0 unless it begins at another job's checkpoint."""
     parameters: int
     steps: int
     tokens_per_step: int

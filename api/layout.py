@@ -107,6 +107,13 @@ class JobLayout:
     def control(self, attempt: int) -> str:
         return f"{self.prefix}attempts/{attempt}/control.json"
 
+    def notice(self, attempt: int) -> str:
+        return f"{self.prefix}attempts/{attempt}/notice.json"
+
+    def fault(self, attempt: int) -> str:
+        """What ended the driver of an attempt, if it could still say so."""
+        return f"{self.prefix}attempts/{attempt}/fault.json"
+
     @property
     def segments(self) -> str:
         return f"{self.prefix}segments/"
@@ -128,6 +135,17 @@ class SegmentLayout:
     @property
     def result(self) -> str:
         return f"{self.prefix}result.json"
+
+    @property
+    def heartbeat(self) -> str:
+        return f"{self.prefix}heartbeat.json"
+
+    @property
+    def faults(self) -> str:
+        return f"{self.prefix}faults/"
+
+    def fault(self, rank: int) -> str:
+        return f"{self.faults}{rank}.json"
 
     @property
     def stream(self) -> str:

@@ -12,6 +12,9 @@ NAME = re.compile(r"^[a-z0-9](?:[a-z0-9-]*[a-z0-9])?$")
 #: a Kubernetes object name (KubeRay allows 47). No dot, no slash, no control character can get in.
 Name = Annotated[str, StringConstraints(pattern=NAME.pattern, min_length=1, max_length=47)]
 
+#: A job, by the id that it was given.
+JobId = Annotated[str, StringConstraints(pattern=r"^job-[0-9a-hjkmnp-tv-z]{20}$")]
+
 #: A dataset by name (its newest version) or pinned, `name@version`.
 DatasetRef = Annotated[
     str,

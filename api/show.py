@@ -20,8 +20,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .client import Update
-from .jobs import Checkpoint, Event, Job, JobState, MetricPoint, PreparePlan, Rewind, TrainPlan
-from .spec import PrepareSpec, TrainSpec
+from .jobs import Checkpoint, Event, Job, JobState, MetricPoint, PreparePlan, QueueEntry, Rewind, TrainPlan
+from .spec import PrepareSpec, ResourceSpec, TrainSpec
+from .words import duration, figure, plain, short, size
 
 QUIET_SECONDS = 15.0
 """Least time between two lines of progress where there is no terminal to redraw one."""
@@ -31,6 +32,8 @@ _STATE_STYLES = {
     JobState.STARTING: "cyan",
     JobState.RUNNING: "blue",
     JobState.RECOVERING: "yellow",
+    JobState.PAUSING: "yellow",
+    JobState.PAUSED: "yellow",
     JobState.CANCELLING: "yellow",
     JobState.SUCCEEDED: "green",
     JobState.FAILED: "red",
@@ -67,55 +70,6 @@ _MEMORY = (
 _USUAL_KEYS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "eval_loss", "eval_perplexity")
 
 
-def plain(text: str) -> str:
-    """Return the text on one line, with anything that could steer a terminal taken out."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def size(count: float) -> str:
-    """Write bytes for people: `1.5 GiB`."""
-    return _scaled(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def short(count: float) -> str:
-    """Write a number in about five characters: `12.3k`, `1.5B`."""
-    return _scaled(count, 1000, ("", "k", "M", "B", "T"))
-
-
-def _scaled(count: float, base: int, units: Sequence[str]) -> str:
-    steps = 0
-    while abs(count) >= base - 0.05 and steps < len(units) - 1:
-        count /= base
-        steps += 1
-    return f"{count:.0f}{units[steps]}" if steps == 0 or abs(count) >= 100 else f"{count:.1f}{units[steps]}"
-
-
-def duration(seconds: float) -> str:
-    """Write a time span in its two largest units: `45s`, `3m 05s`, `2h 07m`, `4d 01h`."""
-    whole = max(0, round(seconds))
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days}d {hours:02}h"
-    if hours:
-        return f"{hours}h {minutes:02}m"
-    return f"{minutes}m {whole % 60:02}s" if minutes else f"{whole}s"
-
-
-_FORMATS: Mapping[str, Callable[[float], str]] = {
-    "learning_rate": "{:.1e}".format,
-    "tokens_per_second": short,
-    "model_flops_per_second": short,
-    "utilisation": "{:.1%}".format,
-    "memory_bytes": size,
-    "eval_perplexity": "{:.2f}".format,
-} | dict.fromkeys(("loss", "eval_loss", "unigram_loss"), "{:.4f}".format)
-
-
-def figure(key: str, value: float | None) -> str:
-    """Write a metric's value as its kind is best read; nothing for one that is not there."""
-    return "" if value is None else _FORMATS.get(key, "{:.4g}".format)(value)
-
-
 def job_table(jobs: Sequence[Job], now: datetime) -> Table:
     """One line for each job, with its labels if any job of these has some; ids are always whole."""
     # Only the name's column may be narrowed; labels are cut to the room that is left.
@@ -132,6 +86,22 @@ def job_table(jobs: Sequence[Job], now: datetime) -> Table:
             _text(figure("loss", job.progress.values.get("loss"))),
             _text(duration((now - job.created_at).total_seconds()), "dim"),
             *([_text(_labels(job), "dim")] if labelled else []),
+        )
+    return table
+
+
+def queue_table(entries: Sequence[QueueEntry], now: datetime) -> Table:
+    """The line: one row for each waiting job, who is next first."""
+    identity = _right("#"), Column("ID", no_wrap=True), Column("NAME")
+    table = _table(*identity, _right("PRIORITY"), _right("WAITS"), Column("WHY"))
+    for entry in entries:
+        table.add_row(
+            _text(str(entry.position), "dim"),
+            _text(entry.job_id),
+            _text(entry.name, "bold"),
+            _text(str(entry.priority)),
+            _text(duration((now - entry.since).total_seconds()), "dim"),
+            _text(entry.message),
         )
     return table
 
@@ -322,7 +292,7 @@ def _add_training(grid: Table, plan: TrainPlan) -> None:
         model, resources = plan.spec.model, plan.spec.resources
         grid.add_row("Model", _text(f"{model.layers} layers, width {model.width:,}, {model.heads} heads"))
         devices = f"{resources.cpus} CPU" + (f", {resources.gpus} GPU" if resources.gpus else "")
-        grid.add_row("Workers", _text(f"{resources.workers} × {devices}"))
+        grid.add_row("Workers", _text(f"{_workers(resources)} × {devices}"))
         grid.add_row("Dataset", _text(f"{plan.spec.data.dataset.partition('@')[0]}@{plan.dataset_version}"))
         grid.add_row("Arithmetic", _text(_arithmetic(plan.spec)))
         grid.add_row("Schedule", _text(_schedule(plan.spec)))
@@ -430,6 +400,11 @@ def _heading(key: str) -> str:
 
 def _state(state: JobState) -> Text:
     return Text(state.value, _STATE_STYLES[state])
+
+
+def _workers(resources: ResourceSpec) -> str:
+    least, most = resources.least, resources.most
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _text(text: str, style: str = "") -> Text:

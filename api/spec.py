@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from .names import DatasetRef, Name
+from .names import DatasetRef, JobId, Name
 
 _KEY = r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?"
 _VALUE = r"[A-Za-z0-9]?[A-Za-z0-9._ -]{0,62}"
@@ -236,9 +236,33 @@ def _bytes(value: Any) -> Any:
 Memory = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=2**20, le=2**50)]
 
 
+class WorkerRange(Strict):
+    min: int = Field(ge=1, le=4096)
+    """The job waits rather than run with fewer."""
+    max: int = Field(ge=1, le=4096)
+    """The job never takes more."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+def _workers_kind(value: Any) -> str:
+    return "range" if isinstance(value, (Mapping, WorkerRange)) else "number"
+
+
+Workers = Annotated[
+    Annotated[int, Field(ge=1, le=4096), Tag("number")] | Annotated[WorkerRange, Tag("range")],
+    Discriminator(_workers_kind),
+]
+
+
 class ResourceSpec(Strict):
-    workers: int = Field(default=1, ge=1, le=4096)
-    """Data-parallel workers (the world size)."""
+    workers: Workers = 1
+    """Data-parallel workers (the world size); or `{min, max}`: as many as have room, changed at a checkpoint when room
+    appears or goes. The global batch stays the same."""
     cpus: int = Field(default=1, ge=1, le=1024)
     """CPU cores of each worker; also its number of compute threads."""
     gpus: int = Field(default=0, ge=0, le=1)
@@ -246,15 +270,34 @@ class ResourceSpec(Strict):
     memory: Memory | None = None
     """Bytes (or text such as "4GiB") that Ray reserves for each worker; null reserves none."""
 
+    @property
+    def least(self) -> int:
+        """Fewest workers."""
+        return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def most(self) -> int:
+        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+
+
+class InitSpec(Strict):
+    from_job: JobId
+    """The job whose checkpoint this one begins at: weights, optimizer state and step. Its model must be the same."""
+    step: int | None = Field(default=None, ge=1, le=10**9)
+    """Which of its checkpoints; null means the newest one. This job goes on from there to its own `steps`."""
+
 
 class _JobSpecBase(Strict):
     name: Name
     """What people call the job: lower-case letters, digits, dashes. Need not be unique."""
     labels: Labels = Field(default_factory=dict)
     """Up to 16 key-value pairs of your own, shown with the job."""
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Who goes first where there is not room for all: higher before lower, then older before younger. A higher one
+    makes lower trainings checkpoint and wait."""
     retries: int = Field(default=3, ge=0, le=100)
-    """Restarts allowed for faults that are not the job's own (a lost worker, driver or cluster): this many
-    inside an attempt, and this many new attempts."""
+    """New attempts allowed after faults of the job's own processes, such as an error or too little memory; the same
+    fault twice at the same step ends the job at once. Lost workers, machines, clusters and buckets do not count."""
     deadline: int | None = Field(default=None, ge=1, le=10**9)
     """Seconds from acceptance after which the job is stopped and failed; null means none."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
@@ -277,6 +320,13 @@ class TrainSpec(_JobSpecBase):
     """Passes over the training split."""
     clip: ClipSpec | None = Field(default_factory=ClipSpec)
     """Gradient clipping; null switches it off."""
+    on_non_finite: Literal["fail", "skip", "rewind"] = "fail"
+    """What to do about a batch whose gradient is not finite, before it touches the weights. `skip`: leave the batch out
+    and take the next one. `rewind`: go back to the newest checkpoint, and leave it out on the way."""
+    non_finite_limit: int = Field(default=3, ge=1, le=1000)
+    """Most batches left out that way; one more fails the job."""
+    init: InitSpec | None = None
+    """Begin at a checkpoint of another job; null begins with fresh weights."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward; weights and optimizer state stay in fp32."""
     compile: bool = False
@@ -300,6 +350,12 @@ class TrainSpec(_JobSpecBase):
         if self.determinism == "elastic":
             self._check_elastic()
         self.batch.micro_size = self._checked_micro_size()
+        if not self.sizes:
+            raise ValueError(
+                f"no number of workers from {self.resources.least} to {self.resources.most} divides the "
+                f"{self.micro_batches} micro-batches of a global batch"
+                + (" and is a power of two" if self.determinism == "elastic" else "")
+            )
         return self
 
     def _check_retention(self) -> None:
@@ -315,7 +371,7 @@ class TrainSpec(_JobSpecBase):
         micro, workers = self.batch.micro_size, self.resources.workers
         if micro is None:
             raise ValueError("determinism elastic needs batch.micro_size, or it would depend on the number of workers")
-        if not _is_power_of_two(workers):
+        if isinstance(workers, int) and not _is_power_of_two(workers):
             raise ValueError(f"determinism elastic needs a power of two of workers, not {workers}; {_nearest(workers)}")
         count, rest = divmod(self.batch.global_size, micro)
         if rest == 0 and not _is_power_of_two(count):
@@ -325,7 +381,14 @@ class TrainSpec(_JobSpecBase):
             )
 
     def _checked_micro_size(self) -> int:
-        workers, total = self.resources.workers, self.batch.global_size
+        workers, total = self.resources.most, self.batch.global_size
+        if isinstance(self.resources.workers, WorkerRange) and self.batch.micro_size:
+            if total % self.batch.micro_size:
+                raise ValueError(
+                    f"batch.global_size {total} is not a multiple of batch.micro_size {self.batch.micro_size}; "
+                    f"{_nearest_multiples(total, self.batch.micro_size)}"
+                )
+            return self.batch.micro_size
         if total % workers:
             unit = workers * (self.batch.micro_size or 1)
             raise ValueError(
@@ -350,6 +413,15 @@ class TrainSpec(_JobSpecBase):
     def micro_batches(self) -> int:
         """Micro-batches in one global batch, over all workers."""
         return self.batch.global_size // self.micro_batch
+
+    @property
+    def sizes(self) -> list[int]:
+        """The worker counts that the job may run with, ascending."""
+        return [n for n in range(self.resources.least, self.resources.most + 1) if self.can_run_with(n)]
+
+    def can_run_with(self, workers: int) -> bool:
+        """Whether the micro-batches divide evenly; under `determinism: elastic`, whether the tree over them does."""
+        return self.micro_batches % workers == 0 and (self.determinism != "elastic" or _is_power_of_two(workers))
 
 
 def _is_power_of_two(n: int) -> bool:

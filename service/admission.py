@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from api.spec import PrepareSpec, TrainSpec
+from service.settings import NodeGroup
 
 Resources = Mapping[str, float]
 """CPU, GPU (counts) and memory (bytes)."""
@@ -17,8 +18,8 @@ class Node:
     total: Resources
 
 
-def bundles(spec: TrainSpec | PrepareSpec) -> list[dict[str, float]]:
-    """Return what each process of a job reserves."""
+def bundles(spec: TrainSpec | PrepareSpec, workers: int | None = None) -> list[dict[str, float]]:
+    """Return what each process of a job reserves, with so many workers; without a number, with the fewest."""
     if isinstance(spec, PrepareSpec):
         return [{"CPU": float(spec.resources.cpus)}]
     each = {"CPU": float(spec.resources.cpus)}
@@ -26,7 +27,7 @@ def bundles(spec: TrainSpec | PrepareSpec) -> list[dict[str, float]]:
         each["GPU"] = float(spec.resources.gpus)
     if spec.resources.memory is not None:
         each["memory"] = float(spec.resources.memory)
-    return [each] * spec.resources.workers
+    return [each] * (workers or spec.resources.least)
 
 
 def place(nodes: Sequence[Node], groups: Iterable[Sequence[Resources]]) -> list[dict[str, float]] | None:
@@ -42,26 +43,33 @@ def place(nodes: Sequence[Node], groups: Iterable[Sequence[Resources]]) -> list[
     return free
 
 
-def why_never(spec: TrainSpec | PrepareSpec, nodes: Sequence[Node]) -> str | None:
-    """Return why the cluster as it is could never place this job, in numbers; None if it could when idle."""
-    if place(nodes, [bundles(spec)]) is not None:
-        return None
-    return f"needs {_describe(bundles(spec))}, but the whole cluster has {_sum(node.total for node in nodes)}"
+def with_addable(nodes: Sequence[Node], groups: Iterable[NodeGroup]) -> list[Node]:
+    """Return the nodes that are there and those that may be added. One that has what a group's have is one of them."""
+    every = list(nodes)
+    for number, group in enumerate(groups):
+        there = sum(all(node.total.get(k, 0) >= v for k, v in group.resources.items()) for node in nodes)
+        every += [
+            Node(f"addable-{number}-{i}", {str(kind): amount for kind, amount in group.resources.items()})
+            for i in range(group.max - there)
+        ]
+    return every
 
 
-def why_not_now(
-    spec: TrainSpec | PrepareSpec, active: Sequence[TrainSpec | PrepareSpec], nodes: Sequence[Node], ahead: int
-) -> str | None:
-    """Return why a job must wait: earlier jobs in the line, or too little left beside the active ones."""
-    if ahead:
-        return f"{ahead} {'job' if ahead == 1 else 'jobs'} ahead in the line"
-    groups = [bundles(other) for other in active]
-    if place(nodes, [*groups, bundles(spec)]) is not None:
+def why_never(spec: TrainSpec | PrepareSpec, nodes: Sequence[Node], workers: int | None = None) -> str | None:
+    """Return why the cluster could never place this job, in numbers; None if it could when idle.
+
+    With so many workers; without a number, with the fewest.
+    """
+    group = bundles(spec, workers)
+    if place(nodes, [group]) is not None:
         return None
-    free = place(nodes, groups)
-    left = _sum(free) if free is not None else "nothing"
-    others = f"{len(active)} active {'job' if len(active) == 1 else 'jobs'}"
-    return f"needs {_describe(bundles(spec))}, {left} free beside {others}"
+    return f"needs {_describe(group)}, but the whole cluster has {_sum(node.total for node in nodes)}"
+
+
+def needs(spec: TrainSpec | PrepareSpec, sizes: Sequence[int]) -> str:
+    """Say what a job wants, in numbers: `2 × 1 CPU`, or `1 to 4 × 1 CPU`."""
+    count = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return f"{count} × {_sum(bundles(spec)[:1])}"
 
 
 def _describe(group: Sequence[Resources]) -> str:

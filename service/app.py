@@ -12,6 +12,7 @@ from api.errors import Problem
 from api.storage import Bucket, Timeouts
 from service import docs, health, problems, routes
 from service.auth import ensure_key
+from service.database import make_engine, migrate
 from service.jobs import Jobs
 from service.metrics import Measures, Watched
 from service.ray_backend import RayBackend
@@ -19,7 +20,7 @@ from service.reconciler import Reconciler
 from service.retention import Retention
 from service.settings import Settings
 from service.sse import Streams
-from service.store import Store, make_engine, migrate
+from service.store import Store
 
 DESCRIPTION = """
 Submit a job; it trains data-parallel on Ray, reads token shards from your bucket and writes verified checkpoints back.

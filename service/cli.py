@@ -74,8 +74,8 @@ def serve() -> None:
 @app.command()
 def migrate() -> None:
     """Bring the database to the newest schema."""
+    from service.database import migrate as migrate_database
     from service.settings import Settings
-    from service.store import migrate as migrate_database
 
     migrate_database(Settings().database_url)
 
@@ -125,9 +125,10 @@ def revoke_key(key_id: str) -> None:
 
 
 def _store() -> "Store":
+    from service.database import make_engine
+    from service.database import migrate as migrate_database
     from service.settings import Settings
-    from service.store import Store, make_engine
-    from service.store import migrate as migrate_database
+    from service.store import Store
 
     url = Settings().database_url
     migrate_database(url)

@@ -30,8 +30,9 @@ from api.names import END_OF_TEXT
 from api.spec import TrainSpec
 from api.storage import Bucket
 from service.architectures import ITEM_BYTES, ExportTensor, export_config, export_tensors, model_tensors
+from service.rows import JobRow
 from service.run_reader import read_history
-from service.store import JobRow, Store
+from service.store import Store
 
 logger = logging.getLogger("lockstep.service")
 

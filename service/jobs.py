@@ -27,23 +27,29 @@ from api.jobs import (
     LogLine,
     MetricPoint,
     ModelFile,
+    Origin,
     Page,
     Plan,
     Progress,
+    QueueEntry,
     Reason,
+    TrainPlan,
 )
 from api.layout import JobLayout
 from api.names import new_job_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
-from service.admission import Node
+from service.admission import Node, why_never, with_addable
 from service.auth import Principal
 from service.export import PIN, File, find_checkpoint, held, no_checkpoint, open_file
+from service.forks import find_origin, fork_faults, retry_spec
+from service.line import WAITING, line_order, queue_entry
 from service.live import EventFeed, Feed, LogFeed, MetricFeed
 from service.plan import plan_prepare, plan_train
 from service.ray_backend import RayBackend, RayUnreachable
 from service.render import submission
 from service.retention import gone, remove
+from service.rows import IdempotencyRecord, JobFilter, JobRow, NewEvent
 from service.run_reader import (
     LogReader,
     read_checkpoints,
@@ -52,7 +58,7 @@ from service.run_reader import (
     thinned,
 )
 from service.settings import Settings
-from service.store import IdempotencyRecord, JobFilter, JobRow, NewEvent, Store
+from service.store import Store
 
 
 class Jobs:
@@ -63,7 +69,7 @@ class Jobs:
 
     def plan(self, who: Principal, spec: TrainSpec | PrepareSpec) -> Plan:
         """Return what a job would need and do; InvalidSpec if it cannot work. Stores nothing."""
-        return self._plan(who, spec, "job-dry-run")[0]
+        return self._plan(who, spec, "job-dry-run", self._origin(who, spec))[0]
 
     def submit(
         self, who: Principal, spec: TrainSpec | PrepareSpec, body: Any, idempotency_key: str | None
@@ -93,12 +99,58 @@ class Jobs:
         more = rows[limit - 1].id if len(rows) > limit else None
         return Page(items=[answer(row) for row in rows[:limit]], next_cursor=more)
 
-    def cancel(self, who: Principal, job_id: str) -> Job:
+    def cancel(self, who: Principal, job_id: str, keep_checkpoint: bool = False) -> Job:
         """Ask a job to stop; asking again is harmless. Conflict if it has ended otherwise."""
         row = self._row(who, job_id)
-        if not self._store.request_cancel(job_id) and row.state != JobState.CANCELLED:
+        if not self._store.request_cancel(job_id, keep_checkpoint) and row.state != JobState.CANCELLED:
             raise Conflict(f"job {job_id} has already {self._row(who, job_id).state}; it cannot be cancelled")
         return self.get(who, job_id)
+
+    def pause(self, who: Principal, job_id: str) -> Job:
+        """Ask a training to write a checkpoint and let go of its workers; asking again is harmless."""
+        row = self._row(who, job_id)
+        if isinstance(row.parsed_spec, PrepareSpec):
+            raise Conflict(f"job {job_id} is a preparation, which has no checkpoints; cancel it and submit it again")
+        if not self._store.request_pause(job_id):
+            raise Conflict(f"job {job_id} {_condition(self._row(who, job_id))}; it cannot be paused")
+        return self.get(who, job_id)
+
+    def resume(self, who: Principal, job_id: str, workers: int | None) -> Job:
+        """Put a paused job back into the line; Conflict if it is not paused, InvalidSpec if it cannot run so."""
+        row = self._row(who, job_id)
+        if workers is not None:
+            self._refuse_size(row, workers)
+        if not self._store.request_resume(job_id, workers, now()):
+            raise Conflict(f"job {job_id} {_condition(self._row(who, job_id))}; there is no pause to end")
+        return self.get(who, job_id)
+
+    def _refuse_size(self, row: JobRow, workers: int) -> None:
+        spec, nodes = row.parsed_spec, self._nodes()
+        why = None
+        if isinstance(spec, TrainSpec) and not spec.can_run_with(workers):
+            why = f"the job cannot run with {workers} workers: they must divide its {spec.micro_batches} micro-batches"
+            why += " and be a power of two" if spec.determinism == "elastic" else ""
+            why += f"; {_nearest_sizes(spec, workers)} would do"
+        elif nodes is not None:
+            why = why_never(spec, nodes, workers)
+        if why is not None:
+            raise InvalidSpec(why, errors=[Fault(path="$.workers", message=why)])
+
+    def retry(self, who: Principal, job_id: str, idempotency_key: str | None) -> tuple[Job, bool]:
+        """Accept a new job that goes on from an ended job's newest checkpoint; a terminal state is never left."""
+        row = self._row(who, job_id)
+        if row.state not in (JobState.FAILED, JobState.CANCELLED):
+            raise Conflict(f"job {job_id} is {row.state}; only one that failed or was cancelled can be retried")
+        if isinstance(row.parsed_spec, PrepareSpec):
+            return self.submit(who, row.parsed_spec, {"retry": job_id}, idempotency_key)
+        written = self.checkpoints(who, job_id).items
+        newest = CheckpointRef(segment=written[-1].segment, step=written[-1].step) if written else None
+        return self.submit(who, retry_spec(row, newest), {"retry": job_id}, idempotency_key)
+
+    def queue(self, who: Principal) -> Page[QueueEntry]:
+        """Return the line of waiting jobs, who is next first."""
+        waiting = [row for row in self._store.live() if row.project == who.project and row.state in WAITING]
+        return Page(items=[queue_entry(row, i) for i, row in enumerate(sorted(waiting, key=line_order), 1)])
 
     def delete(self, who: Principal, job_id: str) -> None:
         """Bury an ended job: it is gone at once; its objects follow."""
@@ -114,7 +166,10 @@ class Jobs:
             raise no_checkpoint(job_id, step)
         at = CheckpointRef(segment=found.segment, step=step)
         if not self._store.doom(row, at, now(), gone(at, "on request")):
-            raise Conflict(f"the checkpoint of step {step} is being downloaded, or the job was changed; try again")
+            raise Conflict(
+                f"the checkpoint of step {step} is being downloaded, or a live job began at it, or this job was "
+                "changed; try again"
+            )
         remove(self._bucket, JobLayout(row.project, row.id), at)
         self._store.unmark(job_id, [at])
 
@@ -201,7 +256,8 @@ class Jobs:
 
     def _new_row(self, who: Principal, spec: TrainSpec | PrepareSpec) -> JobRow:
         job_id, created = new_job_id(), now()
-        plan, dataset = self._plan(who, spec, job_id)
+        origin = self._origin(who, spec)
+        plan, dataset = self._plan(who, spec, job_id, origin)
         steps = PREPARE_STEPS
         if isinstance(spec, TrainSpec) and dataset is not None:
             steps = total_steps(spec, samples(dataset, "train", spec.data.sequence_length))
@@ -217,12 +273,22 @@ class Jobs:
             state=JobState.QUEUED.value,
             state_since=created,
             created_at=created,
+            queued_at=created,
+            init=origin.model_dump() if origin is not None else None,
             message="accepted",
             progress=Progress(total_steps=steps).model_dump(),
             retention="active" if isinstance(spec, TrainSpec) else None,
         )
 
-    def _plan(self, who: Principal, spec: TrainSpec | PrepareSpec, job_id: str) -> tuple[Plan, DatasetDocument | None]:
+    def _origin(self, who: Principal, spec: TrainSpec | PrepareSpec) -> CheckpointRef | None:
+        """Return the checkpoint of another job that a spec begins at."""
+        if isinstance(spec, PrepareSpec) or spec.init is None:
+            return None
+        return find_origin(self._bucket, self._store.get(spec.init.from_job, who.project), spec.init)
+
+    def _plan(
+        self, who: Principal, spec: TrainSpec | PrepareSpec, job_id: str, origin: CheckpointRef | None
+    ) -> tuple[Plan, DatasetDocument | None]:
         nodes = self._nodes()
         posted = submission(spec, who.project, job_id, 1, self._settings)
         if isinstance(spec, PrepareSpec):
@@ -231,13 +297,48 @@ class Jobs:
             dataset = find_dataset(self._bucket, who.project, spec.data.dataset, spec.model.vocab_size)
         except (ObjectMissing, InvalidData) as error:
             raise InvalidSpec(str(error), errors=[Fault(path="$.data.dataset", message=str(error))]) from error
-        return plan_train(spec, dataset, nodes, posted), dataset
+        plan = plan_train(spec, dataset, nodes, posted)
+        if origin is not None:
+            plan.begins_at = origin.step
+            self._refuse_fork(who, spec, plan, dataset, origin)
+        return plan, dataset
+
+    def _refuse_fork(
+        self, who: Principal, spec: TrainSpec, plan: TrainPlan, dataset: DatasetDocument, origin: CheckpointRef
+    ) -> None:
+        """InvalidSpec if the checkpoint does not fit the job."""
+        assert origin.job_id is not None
+        source = self._row(who, origin.job_id)
+        theirs = source.parsed_spec
+        assert isinstance(theirs, TrainSpec)
+        reference = f"{theirs.data.dataset.partition('@')[0]}@{source.dataset_version}"
+        try:
+            vocab_size = find_dataset(self._bucket, who.project, reference, theirs.model.vocab_size).vocab_size
+        except (ObjectMissing, InvalidData) as error:
+            words = f"the vocabulary of job {source.id} is not known any more: {error}"
+            raise InvalidSpec(words, errors=[Fault(path="$.init.from_job", message=words)]) from error
+        faults = fork_faults(spec, theirs, (dataset.vocab_size, vocab_size), origin.step, plan.steps)
+        if faults:
+            raise InvalidSpec(faults[0].message, errors=faults)
 
     def _nodes(self) -> list[Node] | None:
+        """Return the nodes that are there or may be added; None while Ray does not answer."""
         try:
-            return self._ray.nodes()
+            return with_addable(self._ray.nodes(), self._settings.addable_nodes)
         except RayUnreachable:
             return None
+
+
+def _condition(row: JobRow) -> str:
+    """Say where a job is, whatever has become of the wish to cancel it."""
+    ended = JobState(row.state).ended
+    return "is being cancelled" if row.cancel_requested and not ended else f"is {row.state}"
+
+
+def _nearest_sizes(spec: TrainSpec, workers: int) -> str:
+    """Return the numbers of workers next to one with which the job cannot run."""
+    fit = [n for n in range(1, spec.micro_batches + 1) if spec.can_run_with(n)]
+    return " or ".join(str(n) for n in (*[n for n in fit if n < workers][-1:], *[n for n in fit if n > workers][:1]))
 
 
 def _chosen(point: MetricPoint, keys: Sequence[str] | None, from_step: int) -> MetricPoint | None:
@@ -258,11 +359,13 @@ def answer(row: JobRow) -> Job:
         reason=Reason(row.reason) if row.reason else None,
         message=row.message,
         attempt=row.attempt,
+        workers=row.workers,
         conditions=[Condition.model_validate(c) for c in row.conditions],
         progress=Progress.model_validate(row.progress),
         result=row.result,
         spec=row.parsed_spec,
         dataset_version=row.dataset_version,
+        init=Origin.model_validate(row.init) if row.init else None,
         created_at=row.created_at,
         started_at=row.started_at,
         ended_at=row.ended_at,

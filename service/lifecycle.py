@@ -1,11 +1,15 @@
 """The life of a job: which state follows which, as one pure function of (job, observation, time).
 
 queued ──▶ starting ──▶ running ──▶ succeeded | failed
-              │  ▲          │
-              ▼  │          ▼
-           recovering ◀─────┘           starting | running ──▶ cancelling ──▶ cancelled | failed (deadline)
+  ▲  │        │  ▲         │
+  │  │        ▼  │         │
+  │  │     recovering ◀────┤
+  │  ▼                     ▼
+paused ◀──────────────  pausing             pausing ──▶ queued (preempted) | recovering (another size)
+any live state ──▶ cancelling ──▶ cancelled | failed (deadline)
 
 "Unreachable" is not "dead": while Ray or the bucket does not answer, nothing is decided; a condition says so.
+What each reason for the end of an attempt means stands in `service/reasons.py`.
 """
 
 from dataclasses import dataclass
@@ -13,8 +17,9 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Literal
 
-from api.documents import ResultDocument, Wish
+from api.documents import ControlDocument, FaultDocument, ResultDocument
 from api.jobs import ENDED, JobState, Reason
+from service.reasons import REASONS, Policy, backoff
 
 
 class RayStatus(StrEnum):
@@ -34,28 +39,40 @@ class RayStatus(StrEnum):
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Durations that decisions depend on, in seconds."""
-
-    start_deadline: float
-    stop_grace: float
-    retry_backoff: float
-
-
-@dataclass(frozen=True)
 class JobView:
     """What a decision needs to know of a job."""
 
+    id: str
     state: JobState
     attempt: int
     faults: int
-    """Faults so far that count against the retries."""
+    """Faults of its own processes so far; they count against the retries."""
     retries: int
+    setbacks: int
+    """Attempts lost in a row, none of which ran for long."""
     ray_session: str | None
     cancel_requested: bool
+    keep_checkpoint: bool
+    """Whether a cancelled run shall write a checkpoint first."""
+    pause_requested: bool
     stop_reason: Reason | None
+    """Why the present attempt is being stopped."""
     state_since: datetime
+    not_before: datetime | None
+    """When the next attempt may begin."""
     deadline: datetime | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the schedule says of a job in this pass (service/schedule.py)."""
+
+    workers: int | None = None
+    """Start with that many now, or if it runs: restart with that many."""
+    make_way_for: str | None = None
+    """The job of higher priority that needs the room."""
+    wait: str = ""
+    """Why it must wait on, in numbers."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +86,13 @@ class Observation:
     bucket_message: str
     began: bool
     """A segment of this attempt exists."""
-    control: Wish | None
+    control: ControlDocument | None
     result: ResultDocument | None
-    admission: str | None
-    """Why the job cannot be admitted now; None if it can."""
+    fault: FaultDocument | None
+    """What ended the attempt's driver, if it could say so."""
+    turn: Turn
+    hung: str | None
+    """Why the run must be taken for hung; None while it moves, or while that cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +105,10 @@ class Wait:
 
 @dataclass(frozen=True)
 class Begin:
-    """Write down the intent of one more attempt, for the Ray session that is there now."""
+    """Write down the intent of one more attempt, for the Ray session that is there now, with so many workers."""
 
     ray_session: str
+    workers: int
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,8 @@ class Move:
 class TellStop:
     """Write the wish to stop into the attempt's control object."""
 
+    control: ControlDocument
+
 
 @dataclass(frozen=True)
 class StopRay:
@@ -120,6 +143,8 @@ class Recover:
 
     reason: Reason
     message: str
+    not_before: datetime
+    setbacks: int
 
 
 @dataclass(frozen=True)
@@ -132,105 +157,119 @@ class Finish:
 Decision = Wait | Begin | Submit | Move | TellStop | StopRay | Recover | Finish
 
 
-@dataclass(frozen=True)
-class Meaning:
-    """What a reason for the end of an attempt means for the job."""
-
-    retryable: bool
-    counts: bool
-    """Whether it uses up one of the spec's retries."""
-    sentence: str
-
-
-REASONS: dict[Reason, Meaning] = {
-    Reason.COMPLETED: Meaning(False, False, "finished"),
-    Reason.USER_CANCELLED: Meaning(False, False, "cancelled on request"),
-    Reason.DEADLINE: Meaning(False, False, "the deadline passed; raise `deadline` or train fewer steps"),
-    Reason.INVALID_DATA: Meaning(False, False, "the data cannot be used"),
-    Reason.NON_FINITE_LOSS: Meaning(False, False, "loss or gradient is not finite; lower the learning rate"),
-    Reason.OUT_OF_MEMORY: Meaning(False, False, "a worker ran out of memory; use a smaller micro batch"),
-    Reason.UNSUPPORTED: Meaning(False, False, "the workers cannot do what the spec asks for"),
-    Reason.STORAGE_UNAVAILABLE: Meaning(True, False, "the bucket did not answer"),
-    Reason.WORKER_LOST: Meaning(True, True, "the driver or its workers died"),
-    Reason.RAY_LOST: Meaning(True, False, "Ray lost the attempt"),
-    Reason.START_TIMEOUT: Meaning(True, False, "the attempt showed no sign of life"),
-    Reason.SUPERSEDED: Meaning(True, False, "a newer attempt took over"),
-}
-
-_BACKOFF_LIMIT = 60.0
-
-
 def decide(job: JobView, seen: Observation, now: datetime, policy: Policy) -> Decision:
     """Return what to do about a job. Pure; the reconciler carries it out."""
     if job.state in ENDED:
         return Wait()
     late = job.deadline is not None and now >= job.deadline
-    if job.state in (JobState.QUEUED, JobState.RECOVERING):
+    if job.state in (JobState.QUEUED, JobState.RECOVERING, JobState.PAUSED):
         if job.cancel_requested:
-            return Finish(JobState.CANCELLED, Reason.USER_CANCELLED, "cancelled before it ran")
+            return Finish(JobState.CANCELLED, Reason.USER_CANCELLED, REASONS[Reason.USER_CANCELLED].sentence)
         if late:
             return Finish(JobState.FAILED, Reason.DEADLINE, REASONS[Reason.DEADLINE].sentence)
-        return _decide_waiting(job, seen, now, policy)
+        return _decide_idle(job, seen, now)
     if job.state is JobState.CANCELLING:
         return _decide_cancelling(job, seen, now, policy)
     if job.cancel_requested:
         return Move(JobState.CANCELLING, "stopping on request", Reason.USER_CANCELLED)
     if late:
         return Move(JobState.CANCELLING, "stopping: the deadline passed", Reason.DEADLINE)
+    if job.state is JobState.PAUSING:
+        return _decide_pausing(job, seen, now, policy)
+    if job.pause_requested:
+        return Move(JobState.PAUSING, "pausing on request", Reason.USER_PAUSED)
     return _decide_live(job, seen, now, policy)
 
 
-def _decide_waiting(job: JobView, seen: Observation, now: datetime, policy: Policy) -> Decision:
-    """Queued or recovering: begin an attempt when everything that it needs is there."""
+def _decide_idle(job: JobView, seen: Observation, now: datetime) -> Decision:
+    """Without an attempt: paused until it is resumed, or waiting until everything that an attempt needs is there."""
+    if job.state is JobState.PAUSED:
+        return Wait() if job.pause_requested else Move(JobState.QUEUED, "resumed")
+    if job.pause_requested:
+        return Move(JobState.PAUSED, "paused on request")
     if seen.ray is RayStatus.UNREACHABLE or seen.ray_session is None:
         return Wait("ray_unreachable", seen.ray_message)
     if not seen.bucket_reachable:
         return Wait("storage_unreachable", seen.bucket_message)
-    if job.state is JobState.RECOVERING and now < job.state_since + backoff(job.attempt, policy):
+    if job.not_before is not None and now < job.not_before:
         return Wait()
-    if seen.admission is not None:
-        return Wait("waiting", seen.admission)
-    return Begin(seen.ray_session)
+    if seen.turn.workers is None:
+        return Wait("waiting", seen.turn.wait)
+    return Begin(seen.ray_session, seen.turn.workers)
 
 
 def _decide_live(job: JobView, seen: Observation, now: datetime, policy: Policy) -> Decision:
-    """Starting or running: is the attempt alive, has it ended, is it lost?"""
+    """Starting or running: is the attempt alive, has it ended, is it lost, must it make way?"""
     if (blind := _blind(seen)) is not None:
         return blind
     if seen.result is not None and (seen.ray.over or seen.ray_session != job.ray_session):
-        return _by_result(job, seen.result)
+        return _by_result(job, seen.result, now, policy)
     if seen.ray_session != job.ray_session:
-        return _lost(job, Reason.RAY_LOST, "Ray was restarted and knows nothing of this attempt")
+        return _lost(job, Reason.RAY_LOST, "Ray was restarted and knows nothing of this attempt", now, policy)
     late = now >= job.state_since + timedelta(seconds=policy.start_deadline)
     if seen.ray is RayStatus.ABSENT:
         if job.state is JobState.STARTING:
             refused = f"Ray took no submission in {policy.start_deadline:.0f} s"
-            return _lost(job, Reason.START_TIMEOUT, refused) if late else Submit()
-        return _lost(job, Reason.RAY_LOST, "Ray no longer knows this attempt")
+            return _lost(job, Reason.START_TIMEOUT, refused, now, policy) if late else Submit()
+        return _lost(job, Reason.RAY_LOST, "Ray no longer knows this attempt", now, policy)
     if seen.ray.over:
-        return _lost(job, Reason.WORKER_LOST, f"Ray reports {seen.ray}: {seen.ray_message}")
+        if seen.fault is not None:
+            return _failed(job, seen.fault.reason, seen.fault.message, now, policy)
+        return _lost(job, Reason.WORKER_LOST, f"Ray reports {seen.ray}: {seen.ray_message}", now, policy)
+    if seen.turn.make_way_for is not None:
+        return Move(JobState.PAUSING, f"making way for {seen.turn.make_way_for}", Reason.PREEMPTED)
     if job.state is JobState.STARTING:
         if seen.began:
             return Move(JobState.RUNNING, "running")
         if late:
-            return _lost(job, Reason.START_TIMEOUT, f"no sign of life in {policy.start_deadline:.0f} s")
+            return _lost(job, Reason.START_TIMEOUT, f"no sign of life in {policy.start_deadline:.0f} s", now, policy)
+        return Wait()
+    if seen.turn.workers is not None:
+        return Move(JobState.PAUSING, f"restarting with {seen.turn.workers} workers", Reason.RESIZED)
+    if seen.hung is not None:
+        return _lost(job, Reason.HUNG, seen.hung, now, policy)
     return Wait()
+
+
+def _decide_pausing(job: JobView, seen: Observation, now: datetime, policy: Policy) -> Decision:
+    """A checkpoint and then the end of the attempt was wanted; what follows depends on who wanted it."""
+    stop = _stop(job, seen, now, ControlDocument(wish="pause"), policy.checkpoint_grace)
+    if stop is not None:
+        return stop
+    if seen.result is not None and seen.result.outcome != "stopped":
+        return _by_result(job, seen.result, now, policy)
+    reason = job.stop_reason or Reason.USER_PAUSED
+    if reason is Reason.USER_PAUSED:
+        return Move(JobState.PAUSED, "paused on request")
+    if reason is Reason.PREEMPTED:
+        return Move(JobState.QUEUED, REASONS[reason].sentence)
+    return _lost(job, reason, REASONS[reason].sentence, now, policy)
 
 
 def _decide_cancelling(job: JobView, seen: Observation, now: datetime, policy: Policy) -> Decision:
     """A stop was wanted: tell the attempt until it is over, by force after the grace."""
+    keep = job.keep_checkpoint and job.stop_reason is not Reason.DEADLINE
+    wish = ControlDocument(wish="cancel", keep_checkpoint=keep)
+    stop = _stop(job, seen, now, wish, policy.checkpoint_grace if keep else policy.stop_grace)
+    if stop is not None:
+        return stop
+    if seen.result is not None and seen.result.outcome == "succeeded":
+        return _by_result(job, seen.result, now, policy)
+    reason = job.stop_reason or Reason.USER_CANCELLED
+    state = JobState.FAILED if reason is Reason.DEADLINE else JobState.CANCELLED
+    return Finish(state, reason, REASONS[reason].sentence)
+
+
+def _stop(job: JobView, seen: Observation, now: datetime, wish: ControlDocument, grace: float) -> Decision | None:
+    """Return what is left to do until the attempt is over; None once it is, and nobody can take it up any more."""
     answers = seen.ray is not RayStatus.UNREACHABLE
     over = answers and (seen.ray.over or seen.ray_session != job.ray_session)
-    if answers and not over and now >= job.state_since + timedelta(seconds=policy.stop_grace):
+    if answers and not over and now >= job.state_since + timedelta(seconds=grace):
         return StopRay()  # before another wish: the bucket may be one that takes none
-    if seen.bucket_reachable and seen.control != "cancel":
-        return TellStop()
-    if over:
-        if seen.result is not None and seen.result.outcome == "succeeded":
-            return _by_result(job, seen.result)
-        reason = job.stop_reason or Reason.USER_CANCELLED
-        state = JobState.FAILED if reason is Reason.DEADLINE else JobState.CANCELLED
-        return Finish(state, reason, REASONS[reason].sentence)
+    if seen.bucket_reachable and seen.control != wish:
+        return TellStop(wish)
+    if over and seen.bucket_reachable:
+        return None
     return _blind(seen) or Wait()
 
 
@@ -242,21 +281,27 @@ def _blind(seen: Observation) -> Wait | None:
     return None
 
 
-def _by_result(job: JobView, result: ResultDocument) -> Decision:
+def _by_result(job: JobView, result: ResultDocument, now: datetime, policy: Policy) -> Decision:
     if result.outcome == "succeeded":
         return Finish(JobState.SUCCEEDED, Reason.COMPLETED, result.message)
-    if result.outcome == "failed" and not REASONS[result.reason].retryable:
-        return Finish(JobState.FAILED, result.reason, f"{REASONS[result.reason].sentence}: {result.message}")
-    return _lost(job, result.reason, f"the attempt {result.outcome}: {result.message}")
+    if result.outcome == "failed":
+        return _failed(job, result.reason, result.message, now, policy)
+    return _lost(job, result.reason, f"the attempt stopped: {result.message}", now, policy)
 
 
-def _lost(job: JobView, reason: Reason, message: str) -> Decision:
+def _failed(job: JobView, reason: Reason, message: str, now: datetime, policy: Policy) -> Decision:
+    """The end, if no retry can mend it."""
+    if not REASONS[reason].retryable:
+        return Finish(JobState.FAILED, reason, f"{REASONS[reason].sentence}: {message}")
+    return _lost(job, reason, message, now, policy)
+
+
+def _lost(job: JobView, reason: Reason, message: str, now: datetime, policy: Policy) -> Decision:
     """Another attempt, or the end when the retries are used up."""
-    if REASONS[reason].counts and job.faults >= job.retries:
-        return Finish(JobState.FAILED, reason, f"{REASONS[reason].sentence}, {job.faults + 1} times: {message}")
-    return Recover(reason, message)
-
-
-def backoff(attempt: int, policy: Policy) -> timedelta:
-    """Return the wait before the attempt after this one."""
-    return timedelta(seconds=min(policy.retry_backoff * 2 ** max(0, attempt - 1), _BACKOFF_LIMIT))
+    meaning = REASONS[reason]
+    if meaning.counts and job.faults >= job.retries:
+        return Finish(JobState.FAILED, reason, f"{meaning.sentence}, {job.faults + 1} times: {message}")
+    lasted = job.state is JobState.RUNNING and now >= job.state_since + timedelta(seconds=policy.backoff_limit)
+    setbacks = 1 if lasted else job.setbacks + 1
+    wait = backoff(job.id, setbacks, policy) if meaning.waits else timedelta()
+    return Recover(reason, message, now + wait, setbacks if meaning.waits else job.setbacks)

@@ -14,8 +14,9 @@ from api.history import Position, Span, route
 from api.jobs import JobState, MetricPoint, Reason, Rewind, StreamEnd
 from api.layout import JobLayout, SegmentId
 from api.storage import Bucket
+from service.rows import JobRow
 from service.run_reader import LogReader, Mark, lines_after, metric_point, read_segments, sizes_below
-from service.store import JobRow, Store
+from service.store import Store
 
 EVENT_ID = r"^[0-9]{1,15}$"
 """An event's number."""
@@ -105,7 +106,8 @@ class MetricFeed:
         for number, span in enumerate(way.spans):
             if number or not way.stays:
                 self._stand(Position(span.segment, span.start))
-            yield from self._points(replace(span, start=max(span.start, self._floor)))
+            beyond = self._floor > span.start
+            yield from self._points(replace(span, start=self._floor, whole=False) if beyond else span)
         yield from _end(row)
 
     def _stand(self, position: Position | None) -> None:
@@ -148,7 +150,7 @@ class MetricFeed:
             if point is not None and span.end is not None and point.step > span.end:
                 return  # not passed over: the history may come to include it
             self._mark = mark
-            if point is None or not span.contains(point.step):
+            if point is None or not span.covers(point.step):
                 continue
             self._position = Position(span.segment, point.step)
             if (chosen := self._choose(point)) is not None:

@@ -13,6 +13,8 @@ _FLOAT = 4
 """Bytes of an fp32 number."""
 _HALF = 2
 """Bytes of a bf16 number."""
+CHECKPOINT_PIECE = 16 * 2**20
+"""Bytes of a checkpoint's part that are read back at a time (`PIECE` in workers/restore.py)."""
 _TOKEN = 2 * 8
 """Bytes of a token and its target, int64, as the model reads them."""
 
@@ -21,20 +23,20 @@ def memory_plan(spec: TrainSpec, parameters: int, vocab_size: int) -> MemoryPlan
     """Return the bytes on one worker at the peak: in a backward pass, while a checkpoint is being written."""
     weights = parameters * _FLOAT
     elastic = spec.determinism == "elastic"
-    local = spec.micro_batches // spec.resources.workers
+    workers = spec.sizes[0]  # with the fewest, each has the most to do
+    local = spec.micro_batches // workers
     tokens = local * spec.micro_batch * spec.data.sequence_length
     return MemoryPlan(
         weights=weights,
         gradients=weights,
         optimizer=2 * weights,
         # DDP's gradients are views into its buckets; but those of micro-batches before the last lie beside them.
-        ddp_buckets=weights if spec.resources.workers > 1 and local > 1 and not elastic else 0,
+        ddp_buckets=weights if workers > 1 and local > 1 and not elastic else 0,
         # The newest leaf of the tree, and a partial sum for each level below it.
         partial_sums=local.bit_length() * weights if elastic else 0,
         activations=activations(spec, vocab_size),
         data=BATCHES_AHEAD * tokens * _TOKEN,
-        # A third of the weights and moments thrice: the tensors, and the bytes that they become, once more copied.
-        snapshot=3 * 3 * weights // spec.resources.workers,
+        snapshot=3 * weights // workers + CHECKPOINT_PIECE,
     )
 
 

@@ -1,17 +1,19 @@
 """Looks at Ray and the bucket for the reconciler. What cannot be seen is reported as such, never guessed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from api.documents import FaultDocument
 from api.errors import InvalidData, StorageError
 from api.layout import JobLayout
 from api.names import submission_id
 from api.storage import Bucket
 from service.admission import Node
-from service.lifecycle import Observation, RayStatus
+from service.lifecycle import Observation, RayStatus, Turn
 from service.ray_backend import RayBackend, RayUnreachable
+from service.rows import JobRow
 from service.run_reader import AttemptTraces, read_attempt
-from service.store import JobRow
+from service.standstill import Standstill
 
 
 @dataclass(frozen=True)
@@ -30,25 +32,32 @@ def observe_cluster(ray: RayBackend) -> ClusterView:
         return ClusterView(None, [], str(error))
 
 
-def observe(job: JobRow, cluster: ClusterView, ray: RayBackend, bucket: Bucket, admission: str | None) -> Observation:
-    """Return what is to be seen of a job's present attempt."""
+def observe(
+    job: JobRow,
+    cluster: ClusterView,
+    ray: RayBackend,
+    bucket: Bucket,
+    turn: Turn,
+    standstill: Standstill,
+    at: float,
+) -> Observation:
+    """Return what is to be seen of a job's present attempt. `at` is in seconds of the clock of `standstill`."""
     status, message = _ray_status(job, cluster, ray)
-    blank = Observation(
+    traces, fault, trouble = _traces(job, bucket, status)
+    hung = standstill.look(job.id, traces.segment, traces.heartbeat, at)
+    return Observation(
         ray=status,
         ray_session=cluster.session,
         ray_message=message,
-        bucket_reachable=True,
-        bucket_message="",
-        began=False,
-        control=None,
-        result=None,
-        admission=admission,
+        bucket_reachable=trouble is None,
+        bucket_message=trouble or "",
+        began=traces.segment is not None,
+        control=traces.control,
+        result=traces.result,
+        fault=fault,
+        turn=turn,
+        hung=hung,
     )
-    try:
-        traces = _traces(job, bucket)
-    except (StorageError, InvalidData) as error:
-        return replace(blank, bucket_reachable=False, bucket_message=str(error))
-    return replace(blank, began=traces.segment is not None, control=traces.control, result=traces.result)
 
 
 def _ray_status(job: JobRow, cluster: ClusterView, ray: RayBackend) -> tuple[RayStatus, str]:
@@ -62,9 +71,16 @@ def _ray_status(job: JobRow, cluster: ClusterView, ray: RayBackend) -> tuple[Ray
         return RayStatus.UNREACHABLE, str(error)
 
 
-def _traces(job: JobRow, bucket: Bucket) -> AttemptTraces:
+def _traces(job: JobRow, bucket: Bucket, status: RayStatus) -> tuple[AttemptTraces, FaultDocument | None, str | None]:
+    """Return the attempt's traces, what ended its driver, and why the bucket could not be looked at, if so."""
     layout = JobLayout(job.project, job.id)
-    if job.attempt == 0:
-        bucket.objects(layout.prefix)  # a new job needs no trace, but a bucket that answers
-        return AttemptTraces(None, None, None)
-    return read_attempt(bucket, layout, job.attempt)
+    try:
+        if job.attempt == 0:
+            bucket.objects(layout.prefix)  # a new job needs no trace, but a bucket that answers
+            return AttemptTraces(), None, None
+        traces = read_attempt(bucket, layout, job.attempt)
+        # Only a driver that is gone has said all that it will say.
+        fault = bucket.find_document(layout.fault(job.attempt), FaultDocument) if status.over else None
+        return traces, fault, None
+    except (StorageError, InvalidData) as error:
+        return AttemptTraces(), None, str(error)

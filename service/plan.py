@@ -33,9 +33,11 @@ def plan_train(
     _refuse(_data_faults(spec, dataset, train_samples))
     steps = total_steps(spec, train_samples)
     parameters = parameter_count(spec.model, dataset.vocab_size, length)
-    memory = memory_plan(spec, parameters, dataset.vocab_size)
-    available = _memory_available(spec, nodes)
-    _refuse(_schedule_faults(spec, steps) + _placement_faults(spec, nodes) + _memory_faults(memory, available))
+    sized = [_sized(spec, workers) for workers in spec.sizes]
+    memories = [(memory_plan(one, parameters, dataset.vocab_size), _memory_available(one, nodes)) for one in sized]
+    # With the fewest workers, each needs the most, and may have the most room.
+    _refuse(_schedule_faults(spec, steps) + _placement_faults(spec, nodes) + _memory_faults(*memories[0]))
+    warnings = next((found for memory in memories if (found := _memory_warnings(*memory))), [])
     return TrainPlan(
         spec=spec,
         dataset_version=dataset.version,
@@ -44,11 +46,16 @@ def plan_train(
         tokens_per_step=spec.batch.global_size * length,
         tokens=steps * spec.batch.global_size * length,
         epochs=steps * spec.batch.global_size / train_samples,
-        memory_per_worker=memory,
+        memory_per_worker=memories[0][0],
         checkpoint_size=3 * parameters * _FLOAT,
         submission=submission,
-        warnings=_cluster_warnings(nodes) + _memory_warnings(memory, available) + _data_warnings(spec, dataset),
+        warnings=_cluster_warnings(nodes) + warnings + _data_warnings(spec, dataset),
     )
+
+
+def _sized(spec: TrainSpec, workers: int) -> TrainSpec:
+    """Return the spec with this number of workers in place of a range."""
+    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": workers})})
 
 
 def _refuse(faults: list[Fault]) -> None:
@@ -109,7 +116,7 @@ def _memory_available(spec: TrainSpec, nodes: Sequence[Node] | None) -> int | No
     if not nodes or spec.resources.gpus:
         return None
     largest = max(nodes, key=lambda node: node.total.get("memory", 0))
-    neighbours = min(spec.resources.workers, max(1, int(largest.total.get("CPU", 1) // spec.resources.cpus)))
+    neighbours = min(spec.resources.most, max(1, int(largest.total.get("CPU", 1) // spec.resources.cpus)))
     return int(largest.total.get("memory", 0)) // neighbours
 
 

@@ -7,8 +7,8 @@ from api.documents import StreamLine
 from api.jobs import Progress
 from api.layout import JobLayout
 from api.storage import Bucket
+from service.rows import JobRow, NewEvent
 from service.run_reader import Place, numbers, read_new_lines
-from service.store import JobRow, NewEvent
 
 
 def read_progress(job: JobRow, bucket: Bucket) -> tuple[dict[str, Any], list[NewEvent]]:

@@ -6,9 +6,8 @@ takes it once, and every change of state is one guarded update. Nothing is remem
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,7 +18,6 @@ from api.documents import (
     ControlDocument,
     FinalDocument,
     JobDocument,
-    Wish,
     now,
 )
 from api.errors import LockstepError, StorageError
@@ -28,32 +26,34 @@ from api.layout import JobLayout
 from api.names import submission_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
-from service.admission import why_not_now
 from service.failpoints import failpoint
 from service.lifecycle import (
-    REASONS,
     Begin,
     Decision,
     Finish,
     JobView,
     Move,
     Observation,
-    Policy,
     Recover,
     StopRay,
     Submit,
     TellStop,
+    Turn,
     Wait,
     decide,
 )
+from service.line import take_turns
 from service.observer import ClusterView, observe, observe_cluster
 from service.periodic import Periodic
 from service.progress import read_progress
 from service.ray_backend import RayBackend, RayUnreachable
+from service.reasons import REASONS, Policy
 from service.render import submission
+from service.rows import JobRow, NewEvent
 from service.run_reader import read_attempt, read_checkpoints, read_history
 from service.settings import Settings
-from service.store import JobRow, NewEvent, Store
+from service.standstill import Standstill
+from service.store import Store
 
 logger = logging.getLogger("lockstep.service")
 
@@ -68,11 +68,19 @@ class Reconciler:
         ray: RayBackend,
         settings: Settings,
         note_pass: Callable[[float], None] = lambda seconds: None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`note_pass` hears of each complete pass how long it took."""
+        """`note_pass` hears of each complete pass how long it took; `clock` gives monotonic seconds."""
         self._store, self._bucket, self._ray, self._settings = store, bucket, ray, settings
-        self._note_pass = note_pass
-        self._policy = Policy(settings.start_deadline, settings.stop_grace, settings.retry_backoff)
+        self._note_pass, self._clock = note_pass, clock
+        self._standstill = Standstill()
+        self._policy = Policy(
+            start_deadline=settings.start_deadline,
+            stop_grace=settings.stop_grace,
+            checkpoint_grace=settings.checkpoint_grace,
+            retry_backoff=settings.retry_backoff,
+            backoff_limit=settings.backoff_limit,
+        )
         self.loop = Periodic("reconciler", self._pass, settings.reconcile_interval)
 
     def _pass(self) -> None:
@@ -86,18 +94,18 @@ class Reconciler:
         live = self._store.live()
         if live:
             cluster = observe_cluster(self._ray)
-            line = Line(live)
+            turns = take_turns(live, cluster.nodes, self._settings, now())
             for job in live:
                 if self.loop.stopping:
                     return
-                self._reconcile_safely(job, cluster, line)
+                self._reconcile_safely(job, cluster, turns.get(job.id, Turn()))
         for job in self._store.to_purge():
             self._purge(job)
 
-    def _reconcile_safely(self, job: JobRow, cluster: ClusterView, line: "Line") -> None:
+    def _reconcile_safely(self, job: JobRow, cluster: ClusterView, turn: Turn) -> None:
         """One job's trouble must not stop the others."""
         try:
-            self.reconcile(job, cluster, line)
+            self.reconcile(job, cluster, turn)
         except SQLAlchemyError:
             raise
         except (LockstepError, ValueError) as error:
@@ -105,34 +113,33 @@ class Reconciler:
         except Exception:
             logger.exception("job %s attempt %d: a bug; the next pass tries again", job.id, job.attempt)
 
-    def reconcile(self, job: JobRow, cluster: ClusterView, line: "Line") -> None:
+    def reconcile(self, job: JobRow, cluster: ClusterView, turn: Turn) -> None:
         """Observe, decide, act, apply."""
-        seen = observe(job, cluster, self._ray, self._bucket, line.why_not_now(job, cluster))
+        seen = observe(job, cluster, self._ray, self._bucket, turn, self._standstill, self._clock())
         if job.attempt and seen.bucket_reachable:
             job = self._note_progress(job)
         decision = decide(view(job), seen, now(), self._policy)
         self._carry_out(job, seen, decision)
-        line.note(job, decision)
 
     def _carry_out(self, job: JobRow, seen: Observation, decision: Decision) -> None:
         match decision:
             case Wait(condition, message):
                 self._wait(job, condition, message)
-            case Begin(ray_session):
-                self._begin(job, ray_session)
+            case Begin(ray_session, workers):
+                self._begin(job, ray_session, workers)
             case Submit():
                 self._submit(job)
             case Move(state, message, stop_reason):
-                changes: dict[str, Any] = {"stop_reason": stop_reason} if stop_reason else {}
+                changes: dict[str, Any] = {"stop_reason": stop_reason}
                 if state is JobState.RUNNING and job.started_at is None:
                     changes["started_at"] = now()
                 self._enter(job, state, message, changes)
-            case TellStop():
-                self._tell(job, "cancel")
+            case TellStop(control):
+                self._tell(job, control)
             case StopRay():
                 self._ray.stop(submission_id(job.id, job.attempt))
-            case Recover(reason, message):
-                self._recover(job, seen, reason, message)
+            case Recover():
+                self._recover(job, seen, decision)
             case Finish(state, reason, message):
                 self._finish(job, seen, state, reason, message)
 
@@ -150,12 +157,20 @@ class Reconciler:
         conditions = [{"type": condition, "message": message, "since": since}]
         self._store.apply(job, {"conditions": conditions}, [] if same else [NewEvent("condition", message)])
 
-    def _begin(self, job: JobRow, ray_session: str) -> None:
+    def _begin(self, job: JobRow, ray_session: str, workers: int) -> None:
         """Write down the intent. Only after that may anything be done for the attempt."""
         attempt = job.attempt + 1
-        changes = {"attempt": attempt, "ray_session": ray_session, "conditions": []}
+        changes = {
+            "attempt": attempt,
+            "attempt_at": now(),
+            "ray_session": ray_session,
+            "workers": workers,
+            "not_before": None,
+            "conditions": [],
+        }
         message = f"attempt {attempt} begins"
-        if self._enter(job, JobState.STARTING, message, changes, data={"attempt": attempt}) is not None:
+        data = {"attempt": attempt, "workers": workers}
+        if self._enter(job, JobState.STARTING, message, changes, data=data) is not None:
             failpoint("after_intent", self._settings.failpoint)
 
     def _submit(self, job: JobRow) -> None:
@@ -170,6 +185,7 @@ class Reconciler:
             attempt=job.attempt,
             submission_id=submission_id(job.id, job.attempt),
             ray_session=job.ray_session,
+            workers=job.workers,
             created_at=job.state_since,
         )
         self._bucket.put_document(layout.attempt(job.attempt), attempt)
@@ -180,18 +196,22 @@ class Reconciler:
             self._wait(job, "ray_unreachable", f"the submission was not confirmed: {error}")
         failpoint("after_submit", self._settings.failpoint)
 
-    def _tell(self, job: JobRow, wish: Wish) -> None:
-        self._bucket.put_document(JobLayout(job.project, job.id).control(job.attempt), ControlDocument(wish=wish))
+    def _tell(self, job: JobRow, control: ControlDocument) -> None:
+        self._bucket.put_document(JobLayout(job.project, job.id).control(job.attempt), control)
 
-    def _recover(self, job: JobRow, seen: Observation, reason: Reason, message: str) -> None:
+    def _recover(self, job: JobRow, seen: Observation, lost: Recover) -> None:
         """Give the attempt up. Should it still live somewhere, its control object tells it that it is superseded."""
-        self._tell(job, "superseded")
+        self._tell(job, ControlDocument(wish="superseded"))
         if not seen.ray.over:
             self._ray.stop(submission_id(job.id, job.attempt))
-        faults = job.faults + int(REASONS[reason].counts)
-        self._enter(
-            job, JobState.RECOVERING, message, {"faults": faults}, data={"reason": reason, "attempt": job.attempt}
-        )
+        changes = {
+            "faults": job.faults + int(REASONS[lost.reason].counts),
+            "setbacks": lost.setbacks,
+            "not_before": lost.not_before,
+            "stop_reason": None,
+        }
+        data = {"reason": lost.reason, "attempt": job.attempt}
+        self._enter(job, JobState.RECOVERING, lost.message, changes, data=data)
 
     def _finish(self, job: JobRow, seen: Observation, state: JobState, reason: Reason, message: str) -> None:
         """Record the end, and with it where the history ends: the newest segment of the present attempt."""
@@ -209,6 +229,7 @@ class Reconciler:
             # Before the state: a reader of the bucket alone must find the end of whatever the database calls ended.
             self._bucket.put_document(JobLayout(job.project, job.id).final, document)
         self._enter(job, state, message, changes, data={"reason": reason})
+        self._standstill.forget(job.id)
 
     def _history_end(self, job: JobRow) -> CheckpointRef | None:
         if not job.attempt:
@@ -259,40 +280,6 @@ class Reconciler:
         self._store.apply(job, {"purged_at": now()})
 
 
-@dataclass
-class Line:
-    """The line of jobs in one pass: first in, first out, when they fit; who waits holds up those behind."""
-
-    active: list[TrainSpec | PrepareSpec]
-    waiting: int
-
-    def __init__(self, live: list[JobRow]) -> None:
-        held = (JobState.STARTING, JobState.RUNNING, JobState.CANCELLING)
-        self.active = [spec for job in live if job.state in held and (spec := _spec_or_none(job)) is not None]
-        self.waiting = 0
-
-    def why_not_now(self, job: JobRow, cluster: ClusterView) -> str | None:
-        if job.state not in (JobState.QUEUED, JobState.RECOVERING):
-            return None
-        return why_not_now(job.parsed_spec, self.active, cluster.nodes, self.waiting)
-
-    def note(self, job: JobRow, decision: Decision) -> None:
-        """Count a job that has begun among the active ones, and one that waits among those ahead."""
-        if isinstance(decision, Begin):
-            self.active.append(job.parsed_spec)
-        elif job.state in (JobState.QUEUED, JobState.RECOVERING) and isinstance(decision, Wait):
-            self.waiting += 1
-
-
-def _spec_or_none(job: JobRow) -> TrainSpec | PrepareSpec | None:
-    """One job whose spec this version cannot read must not stop the others."""
-    try:
-        return job.parsed_spec
-    except ValueError as error:
-        logger.error("job %s: its spec cannot be read: %s", job.id, error)
-        return None
-
-
 def view(job: JobRow) -> JobView:
     """Return what `decide` needs of a row."""
     spec = job.parsed_spec
@@ -300,14 +287,19 @@ def view(job: JobRow) -> JobView:
     if spec.deadline is not None:
         deadline = job.created_at + timedelta(seconds=spec.deadline)
     return JobView(
+        id=job.id,
         state=JobState(job.state),
         attempt=job.attempt,
         faults=job.faults,
         retries=spec.retries,
+        setbacks=job.setbacks,
         ray_session=job.ray_session,
         cancel_requested=bool(job.cancel_requested),
+        keep_checkpoint=bool(job.keep_checkpoint),
+        pause_requested=bool(job.pause_requested),
         stop_reason=Reason(job.stop_reason) if job.stop_reason else None,
         state_since=job.state_since,
+        not_before=job.not_before,
         deadline=deadline,
     )
 
@@ -319,5 +311,6 @@ def job_document(job: JobRow, spec: TrainSpec | PrepareSpec) -> JobDocument:
         owner=job.owner,
         spec=spec,
         dataset_version=job.dataset_version,
+        init=CheckpointRef.model_validate(job.init) if job.init is not None else None,
         created_at=job.created_at,
     )

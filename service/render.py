@@ -24,7 +24,11 @@ def submission(
             "env_vars": {
                 "PYTHONSAFEPATH": "1",
                 "PYTHONUNBUFFERED": "1",
-                "RAY_JOB_STOP_WAIT_TIME_S": "10",
+                "RAY_JOB_STOP_WAIT_TIME_S": "20",
+                # A rank that hangs inside native code with the interpreter's lock held is not seen by its watchdog.
+                "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+                # How long the end of a group may take when one of its ranks is gone.
+                "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
                 # Makes the run, its attempts and workers part of what the dashboard's API tells of Ray Train.
                 "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
             }

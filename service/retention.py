@@ -22,8 +22,9 @@ from api.layout import JobLayout, SegmentId
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
 from service.periodic import Periodic
+from service.rows import JobRow, Mark, NewEvent
 from service.settings import Settings
-from service.store import JobRow, Mark, NewEvent, Store
+from service.store import Store
 
 logger = logging.getLogger("lockstep.service")
 
@@ -117,11 +118,11 @@ def _stands_alone(look: Look) -> bool:
 
 
 def _is_whole(look: Look) -> bool:
-    """Tell whether every segment is there that another one, or the end, points to; without it the history would seem
-    shorter than it is, and its checkpoints nobody's."""
+    """Tell whether every segment of the job is there that another one, or the end, points to; without it the history
+    would seem shorter than it is, and its checkpoints nobody's."""
     known = {segment.segment for segment in look.segments}
     ends = [look.end, *(segment.origin for segment in look.segments)]
-    return all(ref.segment in known for ref in ends if ref is not None)
+    return all(ref.segment in known for ref in ends if ref is not None and ref.job_id is None)
 
 
 def _needed(look: Look, policy: Policy) -> set[CheckpointRef]:

@@ -11,7 +11,21 @@ from fastapi.security import HTTPBearer
 from pydantic import Field
 
 from api.errors import BadRequest, Conflict, Fault, InvalidSpec, NotFound, TooLarge, Unauthorized, Unavailable
-from api.jobs import Checkpoint, Event, Job, JobState, LogLine, MetricPoint, ModelFile, Page, PreparePlan, TrainPlan
+from api.jobs import (
+    CancelRequest,
+    Checkpoint,
+    Event,
+    Job,
+    JobState,
+    LogLine,
+    MetricPoint,
+    ModelFile,
+    Page,
+    PreparePlan,
+    QueueEntry,
+    ResumeRequest,
+    TrainPlan,
+)
 from api.names import JOB_ID, Name
 from api.spec import JobSpec, LabelFilter
 from service.auth import Principal, authenticate
@@ -19,8 +33,8 @@ from service.download import Download
 from service.jobs import Jobs
 from service.live import EVENT_ID, METRIC_ID, Feed
 from service.problems import problem_responses
+from service.rows import JobFilter
 from service.sse import Streams, refuse_parameter, stream_description, wants_stream
-from service.store import JobFilter
 
 EXAMPLES = {
     "shortest": {
@@ -116,6 +130,7 @@ UseCases = Annotated[Jobs, Depends(jobs)]
 LastEventId = Header(alias="Last-Event-ID", description="Of a live stream: the `id` of the message that came last")
 JobId = Annotated[str, Path(pattern=JOB_ID.pattern, description="A job's id", examples=["job-01m9zq1x0p5w6f3k2v8n"])]
 Step = Annotated[int, Path(ge=0, le=2**53, description="The checkpoint's step")]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 Limit = Annotated[int, Query(ge=1, le=200, description="Most items of a page")]
 
 router = APIRouter(
@@ -143,7 +158,7 @@ def submit(
     spec: Annotated[JobSpec, Body(openapi_examples=EXAMPLES)],
     body: Annotated[Any, Depends(parsed_body)],
     dry_run: Annotated[bool, Query(description="Return the plan and store nothing")] = False,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Any:
     """Submit a job. It is accepted once this answers 201, and never lost after that.
 
@@ -152,7 +167,11 @@ def submit(
     if dry_run:
         response.status_code = 200
         return use.plan(who, spec)
-    job, new = use.submit(who, spec, body, idempotency_key)
+    return accepted(response, *use.submit(who, spec, body, idempotency_key))
+
+
+def accepted(response: Response, job: Job, new: bool) -> Job:
+    """Answer with a job that was accepted, now or when the same was sent before."""
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job
@@ -181,10 +200,57 @@ def get_job(who: Who, use: UseCases, job_id: JobId) -> Job:
     return use.get(who, job_id)
 
 
-@router.post("/jobs/{job_id}/cancel", status_code=202, responses=problem_responses(NotFound, Conflict), tags=["jobs"])
-def cancel_job(who: Who, use: UseCases, job_id: JobId) -> Job:
-    """Ask a job to stop. It stops within one step; asking again is harmless."""
-    return use.cancel(who, job_id)
+@router.post(
+    "/jobs/{job_id}/cancel",
+    status_code=202,
+    responses=problem_responses(BadRequest, NotFound, Conflict, TooLarge),
+    tags=["jobs"],
+)
+def cancel_job(who: Who, use: UseCases, job_id: JobId, how: CancelRequest | None = None) -> Job:
+    """Ask a job to stop. It stops within one step; asking again is harmless.
+
+    With `keep_checkpoint` it writes a checkpoint first, at which another job can begin.
+    """
+    return use.cancel(who, job_id, how is not None and how.keep_checkpoint)
+
+
+@router.post("/jobs/{job_id}/pause", status_code=202, responses=problem_responses(NotFound, Conflict), tags=["jobs"])
+def pause_job(who: Who, use: UseCases, job_id: JobId) -> Job:
+    """Ask a training to write a checkpoint and let go of its workers; asking again is harmless."""
+    return use.pause(who, job_id)
+
+
+@router.post(
+    "/jobs/{job_id}/resume",
+    status_code=202,
+    responses=problem_responses(BadRequest, NotFound, Conflict, TooLarge),
+    tags=["jobs"],
+)
+def resume_job(who: Who, use: UseCases, job_id: JobId, how: ResumeRequest | None = None) -> Job:
+    """Put a paused job back into the line, with the same number of workers or another one."""
+    return use.resume(who, job_id, how.workers if how is not None else None)
+
+
+@router.post(
+    "/jobs/{job_id}/retry",
+    status_code=201,
+    responses={
+        200: {"model": Job, "description": "The same job again"},
+        **problem_responses(NotFound, Conflict),
+    },
+    tags=["jobs"],
+)
+def retry_job(
+    who: Who, use: UseCases, response: Response, job_id: JobId, idempotency_key: IdempotencyKey = None
+) -> Job:
+    """Submit a job that failed or was cancelled once more: a new job that goes on from its newest checkpoint."""
+    return accepted(response, *use.retry(who, job_id, idempotency_key))
+
+
+@router.get("/queue", tags=["jobs"])
+def show_queue(who: Who, use: UseCases) -> Page[QueueEntry]:
+    """Show the jobs that wait for their turn, who is next first, and why each one waits."""
+    return use.queue(who)
 
 
 @router.delete("/jobs/{job_id}", status_code=204, responses=problem_responses(NotFound, Conflict), tags=["jobs"])
@@ -263,7 +329,7 @@ def list_checkpoints(who: Who, use: UseCases, job_id: JobId) -> Page[Checkpoint]
     tags=["runs"],
 )
 def delete_checkpoint(who: Who, use: UseCases, job_id: JobId, step: Step) -> None:
-    """Delete one checkpoint of an ended job, unless it is being downloaded."""
+    """Delete one checkpoint of an ended job, unless it is being downloaded, or a job that has not ended began at it."""
     use.delete_checkpoint(who, job_id, step)
 
 

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from api.documents import (
     CheckpointRef,
     ControlDocument,
+    HeartbeatDocument,
     Manifest,
     ResultDocument,
     SegmentDocument,
     StreamLine,
-    Wish,
 )
 from api.errors import InvalidData, InvalidSpec
 from api.history import Span, history
@@ -102,21 +102,25 @@ def read_history(bucket: Bucket, layout: JobLayout, end: CheckpointRef | None) -
 class AttemptTraces:
     """What an attempt has left so far."""
 
-    segment: str | None
-    control: Wish | None
-    result: ResultDocument | None
+    segment: str | None = None
+    """The newest one that began."""
+    control: ControlDocument | None = None
+    result: ResultDocument | None = None
+    heartbeat: HeartbeatDocument | None = None
 
 
 def read_attempt(bucket: Bucket, layout: JobLayout, attempt: int) -> AttemptTraces:
-    """Return the newest segment of an attempt that began, its result if any, and the attempt's control wish."""
+    """Return the traces of an attempt: what its newest segment left, and what it was told."""
     control = bucket.find_document(layout.control(attempt), ControlDocument)
     mine = [segment for segment in segment_ids(bucket, layout) if segment.attempt == attempt]
     for segment in reversed(mine):
-        begun = bucket.find_document(layout.segment(segment).document, SegmentDocument)
+        here = layout.segment(segment)
+        begun = bucket.find_document(here.document, SegmentDocument)
         if begun is not None:
-            result = bucket.find_document(layout.segment(segment).result, ResultDocument)
-            return AttemptTraces(begun.segment, control.wish if control else None, result)
-    return AttemptTraces(None, control.wish if control else None, None)
+            result = bucket.find_document(here.result, ResultDocument)
+            beat = bucket.find_document(here.heartbeat, HeartbeatDocument) if result is None else None
+            return AttemptTraces(begun.segment, control, result, beat)
+    return AttemptTraces(control=control)
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def read_metrics(bucket: Bucket, layout: JobLayout, end: CheckpointRef | None) -
         prefix = layout.segment(span.segment).stream
         for text, mark in lines_after(bucket, prefix, "jsonl", Mark(), sizes_below(bucket, prefix)):
             point = metric_point(span.segment, text, mark)
-            if point is not None and span.contains(point.step):
+            if point is not None and span.covers(point.step):
                 yield point
 
 

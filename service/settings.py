@@ -1,9 +1,20 @@
 """Everything that the control plane takes from its environment, read once."""
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class NodeGroup(BaseModel):
+    """Machines of one kind that an autoscaler may add."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    max: int = Field(ge=1)
+    """Most of them at once, those that are there already included."""
+    resources: dict[Literal["CPU", "GPU", "memory"], float]
+    """What each has; memory in bytes."""
 
 
 class Settings(BaseSettings):
@@ -39,8 +50,18 @@ class Settings(BaseSettings):
     """From an attempt's beginning to its first sign of life; then it is given up and begun anew."""
     stop_grace: float = 30.0
     """From a stop request to Ray stopping the attempt by force."""
+    checkpoint_grace: float = 300.0
+    """The same for a stop that writes a checkpoint first: to pause, to make way, to take another size."""
     retry_backoff: float = 2.0
-    """Wait before the second attempt; doubles with each further one, up to a minute."""
+    """Wait before the next attempt after one that was lost; doubles with each further one in a row."""
+    backoff_limit: float = 60.0
+    """The longest such wait. An attempt that ran for longer than this ends the row."""
+    reservation_age: float = 600.0
+    """How long smaller jobs may pass one that does not fit yet; after that its room is kept."""
+    resize_interval: float = 300.0
+    """Least time that an attempt of flexible size runs before it is restarted with more workers."""
+    addable_nodes: list[NodeGroup] = Field(default_factory=list)
+    """Machines that may be added when jobs need them, as JSON: [{"max": 4, "resources": {"CPU": 8, "GPU": 1}}]."""
     live_interval: float = 1.0
     """Between two looks of a live stream at what is new."""
     live_keep_alive: float = 15.0

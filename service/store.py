@@ -7,147 +7,19 @@ dropped. A terminal state is never left, whatever version the writer holds.
 import dataclasses
 import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal
+from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from sqlalchemy.exc import IntegrityError
 
 from api.documents import CheckpointRef, now
+from api.errors import Conflict
 from api.jobs import ENDED, Event, JobState
-from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
+from service.rows import IdempotencyRecord, JobFilter, JobRow, Key, Mark, NewEvent, Replay
 from service.tables import api_keys, events, idempotency, jobs, marks, pins
 
 _ENDED = [state.value for state in ENDED]
-
-
-@dataclass(frozen=True)
-class JobRow:
-    """One row of `jobs`, as read."""
-
-    id: str
-    project: str
-    owner: str
-    name: str
-    labels: dict[str, str]
-    spec: dict[str, Any]
-    dataset_version: str | None
-    warnings: list[str]
-    state: str
-    state_since: datetime
-    created_at: datetime
-    message: str
-    reason: str | None = None
-    cancel_requested: int = 0
-    stop_reason: str | None = None
-    attempt: int = 0
-    faults: int = 0
-    ray_session: str | None = None
-    conditions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
-    stream: dict[str, Any] = dataclasses.field(default_factory=dict)
-    result: dict[str, Any] = dataclasses.field(default_factory=dict)
-    history_end: dict[str, Any] | None = None
-    started_at: datetime | None = None
-    ended_at: datetime | None = None
-    deleted_at: datetime | None = None
-    purged_at: datetime | None = None
-    retention: Literal["active", "settled"] | None = None
-    """Whether retention has still to look at the checkpoints; null where there are none, as of a preparation."""
-    version: int = 1
-
-    @property
-    def parsed_spec(self) -> TrainSpec | PrepareSpec:
-        return job_spec_adapter.validate_python(self.spec)
-
-
-@dataclass(frozen=True)
-class NewEvent:
-    """An event to be appended; the store gives it its number."""
-
-    type: str
-    message: str
-    state: JobState | None = None
-    data: dict[str, Any] = dataclasses.field(default_factory=dict)
-    at: datetime = dataclasses.field(default_factory=now)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """An idempotency key that was used before: the job that it made, and the hash of the body then."""
-
-    job: JobRow
-    body_sha256: str
-
-
-@dataclass(frozen=True)
-class JobFilter:
-    """Which jobs a list shall hold; an empty filter holds all."""
-
-    states: Collection[JobState] = ()
-    """Any of them."""
-    name: str | None = None
-    labels: Collection[tuple[str, str | None]] = ()
-    """Keys and values, all of them; None stands for any value."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A checkpoint that nobody seems to need, since when; once it is doomed, nothing can pin it any more."""
-
-    at: CheckpointRef
-    marked_at: datetime
-    doomed: bool = False
-
-
-@dataclass(frozen=True)
-class Key:
-    """An API key, as far as it is stored."""
-
-    id: str
-    project: str
-    revoked: bool
-
-
-@dataclass(frozen=True)
-class IdempotencyRecord:
-    principal: str
-    key: str
-    body_sha256: str
-
-
-def migrate(database_url: str, revision: str = "head") -> None:
-    """Bring the schema up to date, or to a revision; an empty database gets everything."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["url"] = database_url
-    command.upgrade(config, revision)
-
-
-def make_engine(database_url: str) -> sa.Engine:
-    """Return an engine; SQLite gets write-ahead logging, full durability and patience with locks."""
-    engine = sa.create_engine(database_url)
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _configure_sqlite)
-        sa.event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _configure_sqlite(connection: Any, _record: Any) -> None:
-    # We begin transactions ourselves: the driver's own way starts them too late to be serialised.
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    # A writer takes its lock at once, so that what it reads first is still true when it writes; readers take none.
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 class Store:
@@ -162,13 +34,16 @@ class Store:
             connection.execute(sa.select(sa.literal(1)))
 
     def insert(self, job: JobRow, event: NewEvent, record: IdempotencyRecord | None) -> Replay | None:
-        """Insert a job, its first event and its idempotency record, all or nothing.
+        """Insert a job, its first event, its idempotency record and the pin of what it begins at, all or nothing.
 
-        Returns None, or the replay if another request with the same key was first.
+        Returns None, or the replay if another request with the same key was first. Conflict if the checkpoint that the
+        job begins at has just been given up.
         """
         try:
             with self._writer.begin() as connection:
                 connection.execute(jobs.insert().values(**dataclasses.asdict(job)))
+                if job.init is not None:
+                    self._pin_origin(connection, job.id, CheckpointRef.model_validate(job.init))
                 self._append(connection, job.id, [event])
                 if record is not None:
                     connection.execute(
@@ -210,12 +85,13 @@ class Store:
         return self._jobs(sa.select(jobs).where(jobs.c.state.not_in(_ENDED)).order_by(jobs.c.id))
 
     def counts(self) -> dict[JobState, tuple[int, datetime]]:
-        """Return how many jobs that are not deleted are in each state, and when the oldest of them was created."""
-        oldest = sa.func.min(jobs.c.created_at, type_=jobs.c.created_at.type)
+        """Return how many jobs that are not deleted are in each state, and when the first of them joined the line."""
+        since = sa.func.coalesce(jobs.c.queued_at, jobs.c.created_at)
+        oldest = sa.func.min(since, type_=jobs.c.created_at.type)
         query = sa.select(jobs.c.state, sa.func.count(), oldest).where(jobs.c.deleted_at.is_(None))
         with self._engine.begin() as connection:
             rows = connection.execute(query.group_by(jobs.c.state)).all()
-        return {JobState(state): (count, created_at) for state, count, created_at in rows}
+        return {JobState(state): (count, first) for state, count, first in rows}
 
     def to_purge(self) -> list[JobRow]:
         """Return deleted jobs whose objects may still be in the bucket."""
@@ -234,18 +110,55 @@ class Store:
             if connection.execute(update).rowcount == 0:
                 return None
             self._append(connection, job.id, new_events)
+            if changes.get("state") in _ENDED:  # what it began at may go now
+                connection.execute(pins.delete().where(pins.c.holder == job.id))
             row = connection.execute(sa.select(jobs).where(jobs.c.id == job.id)).mappings().one()
         return _job(row)
 
-    def request_cancel(self, job_id: str) -> bool:
+    def request_cancel(self, job_id: str, keep_checkpoint: bool = False) -> bool:
         """Note that a job shall stop; False if it has ended. Never taken back, so it needs no version of the caller."""
-        update = jobs.update().where(jobs.c.id == job_id, jobs.c.state.not_in(_ENDED), jobs.c.cancel_requested == 0)
+        changes = {"cancel_requested": 1, "keep_checkpoint": int(keep_checkpoint)}
+        event = NewEvent("cancel", "cancellation requested")
+        if self._ask(job_id, [jobs.c.cancel_requested == 0], changes, event):
+            return True
+        return not self._state(job_id).ended
+
+    def request_pause(self, job_id: str) -> bool:
+        """Note that a job shall pause; False if it has ended or is being cancelled."""
+        wanted = [jobs.c.pause_requested == 0, jobs.c.cancel_requested == 0]
+        if self._ask(job_id, wanted, {"pause_requested": 1}, NewEvent("pause", "pause requested")):
+            return True
+        return self._paused(job_id)
+
+    def request_resume(self, job_id: str, workers: int | None, at: datetime) -> bool:
+        """Note that a job shall pause no longer, and with how many workers it goes on; False if it was not to pause.
+
+        It goes to the end of the line.
+        """
+        changes = {"pause_requested": 0, "workers_wanted": workers, "queued_at": at}
+        message = "resume requested" + (f" with {workers} workers" if workers else "")
+        wanted = [jobs.c.pause_requested == 1, jobs.c.cancel_requested == 0]
+        return self._ask(job_id, wanted, changes, NewEvent("resume", message))
+
+    def _ask(self, job_id: str, where: list[sa.ColumnElement[bool]], changes: dict[str, Any], event: NewEvent) -> bool:
+        """Write down what a user wants of a live job; False if `where` does not hold."""
+        update = jobs.update().where(jobs.c.id == job_id, jobs.c.state.not_in(_ENDED), *where)
         with self._writer.begin() as connection:
-            if connection.execute(update.values(cancel_requested=1, version=jobs.c.version + 1)).rowcount:
-                self._append(connection, job_id, [NewEvent("cancel", "cancellation requested")])
-                return True
-            state = connection.execute(sa.select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one()
-        return state not in _ENDED
+            if connection.execute(update.values(**changes, version=jobs.c.version + 1)).rowcount == 0:
+                return False
+            self._append(connection, job_id, [event])
+            return True
+
+    def _state(self, job_id: str) -> JobState:
+        with self._engine.begin() as connection:
+            return JobState(connection.execute(sa.select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one())
+
+    def _paused(self, job_id: str) -> bool:
+        wants = sa.select(jobs.c.id).where(
+            jobs.c.id == job_id, jobs.c.pause_requested == 1, jobs.c.cancel_requested == 0, jobs.c.state.not_in(_ENDED)
+        )
+        with self._engine.begin() as connection:
+            return connection.execute(wants).first() is not None
 
     def events(self, job_id: str, *, after: int, limit: int) -> list[Event]:
         """Return a job's events with a number above `after`, in order."""
@@ -313,6 +226,17 @@ class Store:
             connection.execute(pins.delete().where(pins.c.expires_at <= at))
             connection.execute(pins.insert().values(id=pin, **_place(job_id, ref), why=why, expires_at=expires_at))
         return pin
+
+    def _pin_origin(self, connection: sa.Connection, holder: str, origin: CheckpointRef) -> None:
+        """Keep the checkpoint that a job begins at until that job has ended."""
+        source = origin.job_id
+        assert source is not None
+        gone = self._lock(connection, source).deleted_at is not None
+        doomed = sa.select(marks.c.step).where(*_at(marks, source, origin), marks.c.doomed == 1)
+        if gone or connection.execute(doomed).first() is not None:
+            raise Conflict(f"the checkpoint of step {origin.step} of {source} is just being deleted; choose another")
+        pin = {"id": secrets.token_hex(16), **_place(source, origin), "why": "fork", "holder": holder}
+        connection.execute(pins.insert().values(**pin, expires_at=datetime.max.replace(tzinfo=UTC)))
 
     def hold(self, pin: str, expires_at: datetime) -> None:
         """Let a pin last longer."""

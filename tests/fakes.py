@@ -6,7 +6,7 @@ The stand-ins imitate the other side of the wire, never our own logic.
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,9 @@ from api.documents import (
     CheckpointRef,
     ControlDocument,
     DatasetDocument,
+    FaultDocument,
+    HeartbeatDocument,
+    Manifest,
     ResultDocument,
     SegmentDocument,
     ShardDocument,
@@ -31,10 +34,12 @@ from api.jobs import JobState, Progress, Reason
 from api.layout import JobLayout, chunk
 from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
 from api.storage import Bucket, ObjectInfo
+from service.database import make_engine, migrate
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
+from service.rows import JobRow, NewEvent
 from service.settings import Settings
-from service.store import JobRow, NewEvent, Store, make_engine, migrate
+from service.store import Store
 
 Hook = Callable[[str], None]
 """Called with the name of each side effect, before and after it; may raise."""
@@ -73,6 +78,9 @@ class MemoryBucket(Bucket):
         with self._lock:
             self.content[key] = body
         self.hook(f"after put {key}")
+
+    def put_views(self, key: str, views: Sequence[memoryview]) -> None:
+        self.put(key, b"".join(views))
 
     def size(self, key: str) -> int:
         return len(self.get(key))
@@ -193,6 +201,7 @@ def prepare_spec(**fields: Any) -> PrepareSpec:
 
 
 def row(number: int, spec: TrainSpec | PrepareSpec | None = None, **fields: Any) -> JobRow:
+    """Return the number-th job, as accepted at T0 or `created_at`."""
     spec = spec or train_spec()
     defaults: dict[str, Any] = {
         "id": job_id(number),
@@ -206,6 +215,7 @@ def row(number: int, spec: TrainSpec | PrepareSpec | None = None, **fields: Any)
         "state": JobState.QUEUED.value,
         "state_since": T0,
         "created_at": T0,
+        "queued_at": fields.get("created_at", T0),
         "message": "accepted",
         "progress": Progress(total_steps=10).model_dump(),
         "retention": "active" if isinstance(spec, TrainSpec) else None,
@@ -257,21 +267,30 @@ class Crash(BaseException):
     """The process dies here."""
 
 
+_STOPPED = {"pause": Reason.USER_PAUSED, "cancel": Reason.USER_CANCELLED, "superseded": Reason.SUPERSEDED}
+"""What a worker group says that stopped because of a wish."""
+
+
 class World:
     """Everything around one reconciler, and what the workers would do."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, **fields: Any) -> None:
+        """`fields` are settings."""
         self.store, self.bucket, self.ray = new_store(folder), MemoryBucket(), FakeRay()
-        self.settings, self.now = settings_for(folder), T0
+        self.settings, self.now = settings_for(folder, **fields), T0
         patch.setattr("service.reconciler.now", lambda: self.now)
         self.restart()
 
     def restart(self) -> None:
         """The control plane comes up again and remembers nothing."""
-        self.reconciler = Reconciler(self.store, self.bucket, self.ray.backend(), self.settings)
+        self.reconciler = Reconciler(
+            self.store, self.bucket, self.ray.backend(), self.settings, clock=lambda: (self.now - T0).total_seconds()
+        )
 
-    def add(self, number: int = 1, **fields: Any) -> JobRow:
-        job = row(number, train_spec(**fields))
+    def add(self, number: int = 1, origin: CheckpointRef | None = None, **fields: Any) -> JobRow:
+        """Accept a job; `fields` are of its spec, `origin` is the checkpoint of another job that it begins at."""
+        init = origin.model_dump() if origin is not None else None
+        job = row(number, train_spec(**fields), created_at=self.now, init=init)
         assert self.store.insert(job, ACCEPTED, None) is None
         return job
 
@@ -293,10 +312,16 @@ class World:
 
     def began(self, number: int = 1, restart: int = 0, origin: CheckpointRef | None = None) -> str:
         """The driver runs and its worker group writes its segment."""
+        job = self.job(number)
         self.ray.jobs[self.submission(number)] = "RUNNING"
-        name = f"{self.job(number).attempt}-{restart}-x"
+        name = f"{job.attempt}-{restart}-x"
         document = SegmentDocument(
-            job_id=job_id(number), segment=name, origin=origin, world_size=1, fingerprint=None, created_at=T0
+            job_id=job.id,
+            segment=name,
+            origin=origin,
+            world_size=job.workers or 1,
+            fingerprint=None,
+            created_at=T0,
         )
         self.bucket.put_document(self.layout(number).segment(name).document, document)
         return name
@@ -304,6 +329,10 @@ class World:
     def running(self, number: int = 1, **fields: Any) -> str:
         """A job that has begun; returns its segment."""
         self.add(number, **fields)
+        return self.begin(number)
+
+    def begin(self, number: int = 1) -> str:
+        """Let a job that waits begin its next attempt; returns its segment."""
         self.passes(2)
         segment = self.began(number)
         self.passes()
@@ -315,12 +344,49 @@ class World:
         document = ResultDocument.model_validate({**fields, "values": {"eval_loss": 1.5}})
         self.bucket.put_document(self.layout(number).segment(segment).result, document)
 
+    def checkpoint(self, segment: str, step: int, number: int = 1) -> CheckpointRef:
+        fields = {"world_size": 1, "parts": [], "metrics": {}, "created_at": T0}
+        document = Manifest.model_validate({"job_id": job_id(number), "segment": segment, "step": step, **fields})
+        self.bucket.put_document(self.layout(number).segment(segment).checkpoint(step).manifest, document)
+        return CheckpointRef(segment=segment, step=step, job_id=job_id(number))
+
+    def beat(self, segment: str, count: int, limit: float = 60, number: int = 1) -> None:
+        """Rank 0 gives a sign of life."""
+        document = HeartbeatDocument(count=count, phase="step", step=count, limit=limit)
+        self.bucket.put_document(self.layout(number).segment(segment).heartbeat, document)
+
+    def die(self, reason: Reason | None = None, number: int = 1) -> None:
+        """The driver ends without a result, and says why if it still can."""
+        if reason is not None:
+            fields = {"rank": 0, "step": 5, "phase": "step", "message": "rank 0: so it was", "created_at": T0}
+            document = FaultDocument.model_validate({"reason": reason, **fields})
+            self.bucket.put_document(self.layout(number).fault(self.job(number).attempt), document)
+        self.ray.jobs[self.submission(number)] = "FAILED"
+
+    def obey(self, number: int = 1, step: int = 5) -> bool:
+        """Let the driver of the present attempt do what its control document says; False if that is to go on."""
+        attempt, submission = self.job(number).attempt, self.submission(number)
+        control = self.bucket.get_document(self.layout(number).control(attempt), ControlDocument)
+        if control.wish == "run":
+            return False
+        if self.ray.jobs[submission] == "PENDING":  # it looks before it begins
+            self.ray.jobs[submission] = "FAILED"
+            return True
+        segment = f"{attempt}-0-x"
+        if control.wish == "pause" or control.keep_checkpoint:
+            self.checkpoint(segment, step, number)
+        self.result(segment, "stopped", _STOPPED[control.wish], step, number)
+        self.ray.jobs[submission] = "SUCCEEDED"
+        return True
+
     def stream(self, segment: str, lines: list[StreamLine], index: int = 0) -> None:
         body = "".join(f"{line.model_dump_json()}\n" for line in lines)
         self.bucket.put(chunk(self.layout().segment(segment).stream, index, "jsonl"), body.encode())
 
     def wish(self, attempt: int = 1, number: int = 1) -> str:
-        return self.bucket.get_document(self.layout(number).control(attempt), ControlDocument).wish
+        """What the control document says; `+` for a checkpoint first."""
+        control = self.bucket.get_document(self.layout(number).control(attempt), ControlDocument)
+        return control.wish + "+" * control.keep_checkpoint
 
     def events(self, number: int = 1) -> list[tuple[str, str]]:
         found = self.store.events(job_id(number), after=0, limit=1000)

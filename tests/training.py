@@ -17,7 +17,7 @@ from api.layout import DatasetLayout, JobLayout, upload_prefix
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
 from workers.attempt import Attempt
-from workers.checkpoint import read_segments
+from workers.restore import read_segments
 from workers.session import Session
 from workers.settings import WorkerSettings
 from workers.train import train
@@ -71,7 +71,7 @@ def make_dataset(bucket: Bucket, settings: WorkerSettings, version: str = "v1", 
         dataset_version=None,
         created_at=now(),
     )
-    prepare(Attempt(job, 1, f"{version}-1"), bucket, settings)
+    prepare(Attempt(job, 1, f"{version}-1", workers=1), bucket, settings)
     return bucket.get_document(dataset_layout(version).document, DatasetDocument)
 
 
@@ -126,7 +126,7 @@ def history_lines(bucket: Bucket, job: JobDocument) -> list[tuple[int, dict[str,
         (line.step, {name: value for name, value in line.values.items() if name in TRAINING})
         for span in history(read_segments(bucket, layout_of(job)))
         for line in segment_lines(bucket, job, span.segment)
-        if line.type == "metrics" and span.contains(line.step)
+        if line.type == "metrics" and span.covers(line.step)
     ]
 
 

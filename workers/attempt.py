@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from api.documents import AttemptDocument, ControlDocument, JobDocument
 from api.layout import JobLayout
+from api.spec import TrainSpec
 from api.storage import Bucket
 
 logger = logging.getLogger("lockstep.workers")
@@ -23,6 +24,12 @@ class Attempt:
     job: JobDocument
     number: int
     submission_id: str
+    workers: int
+    """World size."""
+
+    @property
+    def layout(self) -> JobLayout:
+        return JobLayout(self.job.project, self.job.id)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +56,9 @@ def claim(bucket: Bucket, project: str, job_id: str, number: int, session_name: 
     if control.wish != "run":
         logger.error("attempt %s is not wanted any more: %s", number, control.wish)
         return None
-    return Attempt(bucket.get_document(layout.job, JobDocument), number, attempt.submission_id)
+    job = bucket.get_document(layout.job, JobDocument)
+    fewest = job.spec.resources.least if isinstance(job.spec, TrainSpec) else 1
+    return Attempt(job, number, attempt.submission_id, attempt.workers or fewest)
 
 
 def log_to_stderr() -> None:

@@ -1,9 +1,11 @@
 """Batches: the micro-batches that this rank computes of each global batch, read ahead of the training thread."""
 
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -66,11 +68,21 @@ class TokenSplit:
             raise InvalidData(f"{self._name} holds no sequence of {sequence_length} tokens and the one after")
 
 
-class TrainBatches:
-    """This rank's micro-batches of global batch `step`, for each step from `first_step` on.
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of a global batch."""
 
-    Global batch k is positions [kB, (k+1)B) of the order; micro-batch m of it is computed by the rank whose range
-    holds m. A thread reads a few batches ahead, and the blocks of the next window while this one is in use.
+    number: int
+    """Of the global batch, in the order of the data, from 1."""
+    micro_batches: list[tuple[Tensor, Tensor]]
+    """(inputs, targets) of shape (micro, T) each."""
+
+
+class TrainBatches:
+    """This rank's micro-batches of each global batch from the first one on.
+
+    Global batch k, from 1, is positions [(k-1)B, kB) of the order; micro-batch m of it is computed by the rank whose
+    range holds m. A thread reads a few batches ahead, and the blocks of the next window while this one is in use.
     """
 
     def __init__(
@@ -82,20 +94,23 @@ class TrainBatches:
         global_size: int,
         micro_size: int,
         micro_range: range,
-        first_step: int,
+        first_batch: int,
+        skipped: Collection[int] = (),
     ) -> None:
+        """Batches are counted from 1; those in `skipped` are left out."""
         self._split, self._T = split, sequence_length
         self._order = SampleOrder(split.shapes, sequence_length, seed)
         self._global_size, self._micro_size, self._micros = global_size, micro_size, micro_range
-        self._ready: queue.Queue[list[tuple[Tensor, Tensor]] | Exception] = queue.Queue(BATCHES_AHEAD)
+        self._skipped = frozenset(skipped)
+        self._ready: queue.Queue[Batch | Exception] = queue.Queue(BATCHES_AHEAD)
         self._stop = threading.Event()
         self.waited = 0.0
         """Seconds that the training thread has waited for data."""
-        self._thread = threading.Thread(target=self._produce, args=(first_step,), daemon=True, name="batches")
+        self._thread = threading.Thread(target=self._produce, args=(first_batch,), daemon=True, name="batches")
         self._thread.start()
 
-    def next(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the next step's micro-batches: (inputs, targets) of shape (micro, T) each.
+    def next(self) -> Batch:
+        """Return the next global batch that is not left out, as far as it is this rank's.
 
         Raises what the reading thread met: InvalidData, a StorageError after its retries, or whatever ended it.
         """
@@ -115,15 +130,15 @@ class TrainBatches:
                 self._ready.get_nowait()
         self._thread.join(_CLOSE_SECONDS)
 
-    def _produce(self, step: int) -> None:
+    def _produce(self, first: int) -> None:
         try:
-            for batch in self._batches(step):
+            for batch in self._batches(first):
                 if not self._offer(batch):
                     return
         except Exception as error:  # whatever it is: the training thread would wait for ever
             self._offer(error)
 
-    def _offer(self, item: list[tuple[Tensor, Tensor]] | Exception) -> bool:
+    def _offer(self, item: Batch | Exception) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.2)
@@ -132,16 +147,16 @@ class TrainBatches:
             return True
         return False
 
-    def _batches(self, step: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Step k, counted from 1, is global batch k - 1."""
-        position = (step - 1) * self._global_size
+    def _batches(self, first: int) -> Iterator[Batch]:
         window: tuple[int, int] | None = None
-        while True:
+        for number in itertools.count(first):
+            if number in self._skipped:
+                continue
+            position = (number - 1) * self._global_size
             if (here := self._order.window_of(position)) != window:
                 window = here
                 self._read_ahead(*window)
-            yield [self._micro_batch(position, micro) for micro in self._micros]
-            position += self._global_size
+            yield Batch(number, [self._micro_batch(position, micro) for micro in self._micros])
 
     def _micro_batch(self, position: int, micro: int) -> tuple[Tensor, Tensor]:
         first = position + micro * self._micro_size

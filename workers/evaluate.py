@@ -1,10 +1,11 @@
 """Evaluation: the same windows of the eval split at every call, the same sum for every world size."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from api.errors import InvalidData, LockstepError, ObjectMissing
-from workers.control import Control
 from workers.data import TokenSplit
 from workers.model import Transformer
 from workers.order import Indices
@@ -13,13 +14,20 @@ from workers.session import Session
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, split: TokenSplit, sequences: int | None, micro_size: int, session: Session, control: Control
+    model: Transformer,
+    split: TokenSplit,
+    sequences: int | None,
+    micro_size: int,
+    session: Session,
+    check: Callable[[LockstepError | None], None],
+    moved: Callable[[], None],
 ) -> float:
     """Return the mean cross-entropy (nats per token) over the first `sequences` windows of the split, or all.
 
     The windows form the same micro-batches whatever the world size, each computed by one rank; the sums meet in a
     vector with one place for each micro-batch and are added in its order, so the result does not depend on the
-    number of ranks. Raises Halt, like every step, when a stop is wanted.
+    number of ranks. All ranks call `check` with their fault, if any, after each micro-batch, and `moved` if that lets
+    them go on.
     """
     T = model.sequence_length
     shards, samples = _windows(split, T, sequences)
@@ -35,7 +43,8 @@ def evaluate(
                 sums[mine] = _loss_sum(model, split, shards, samples, starts[mine], micro_size, session)
             except (InvalidData, ObjectMissing) as error:
                 fault = error
-        control.check(fault)
+        check(fault)
+        moved()
     model.train(was_training)
     return float(session.total(sums).sum()) / (len(shards) * T)
 

@@ -29,7 +29,8 @@ from api.layout import JobLayout, SegmentId
 from api.spec import TrainSpec
 from api.storage import Bucket
 from workers.attempt import log_to_stderr
-from workers.checkpoint import read_segments
+from workers.patience import PatientBucket
+from workers.restore import read_segments
 from workers.session import Session
 from workers.settings import WorkerSettings
 from workers.train import train
@@ -40,7 +41,7 @@ def main() -> int:
     job, spec = parse_job()
     log_to_stderr()
     settings = WorkerSettings()
-    bucket = Bucket(settings.storage)
+    bucket = PatientBucket(settings.storage, settings.storage_patience)
     with process_group(spec) as session:
         attempt = session.broadcast(next_attempt(bucket, job) if session.leads else None)
         result = train(job, replace(session, attempt=attempt), bucket, settings)
@@ -60,8 +61,9 @@ def parse_job() -> tuple[JobDocument, TrainSpec]:
         parser.error(f"{path} holds no job document: {error}")
     if not isinstance(job.spec, TrainSpec):
         parser.error(f"{job.id} is a {job.spec.kind} job; only train jobs run here")
-    if (wanted := job.spec.resources.workers) != here:
-        parser.error(f"{job.id} wants {wanted} workers, not {here}; start it by torchrun --nproc-per-node {wanted}")
+    if here not in (sizes := job.spec.sizes):
+        wanted = " or ".join(map(str, sizes))
+        parser.error(f"{job.id} wants {wanted} workers, not {here}; start it by torchrun --nproc-per-node {sizes[0]}")
     return job, job.spec
 
 
@@ -73,7 +75,7 @@ def process_group(spec: TrainSpec) -> Iterator[Session]:
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "nccl"
         torch.cuda.set_device(device)
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if spec.resources.workers == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Session(attempt=0, restart=restart, device=device)
         return
     dist.init_process_group(backend)

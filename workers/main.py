@@ -1,30 +1,38 @@
 """The Ray driver of a training attempt: check that it is wanted, then let Ray Train run the worker group.
 
-Exit code 0 when the group returned an outcome (it is in `result.json`), 1 when Ray gave up on it, 3 when this attempt
-was not ours to run.
+Exit code 0 when the group returned an outcome (it is in `result.json`), 1 when the attempt is lost (what is known of
+why is in `fault.json`), 3 when this attempt was not ours to run.
 """
 
 import logging
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from api.documents import JobDocument
+from api.jobs import Reason
 from api.spec import ResourceSpec, TrainSpec
 from api.storage import Bucket
 from workers.attempt import NOT_OURS, Attempt, claim, log_to_stderr, parse_arguments
-from workers.ray_session import RestartCounter, connect, current_session
+from workers.lost import give_notice, note_lost
+from workers.patience import PatientBucket
+from workers.ray_session import GroupWatcher, connect, current_session, reason_of_death
 from workers.settings import WorkerSettings
 from workers.train import train
 
 logger = logging.getLogger("lockstep.workers")
 
+_RESTARTS = 3
+"""Times that Ray Train starts a group again by itself. After that the control plane does it, with a wait between."""
 _PLACEMENTS = 10
 """Tries, of a minute each, to place the workers."""
 
@@ -32,35 +40,59 @@ _PLACEMENTS = 10
 def main() -> int:
     """Run the attempt named on the command line."""
     log_to_stderr()
-    arguments = parse_arguments()
-    bucket = Bucket(WorkerSettings().storage)
+    arguments, settings = parse_arguments(), WorkerSettings()
+    bucket = PatientBucket(settings.storage, settings.storage_patience)
     attempt = claim(bucket, arguments.project, arguments.job, arguments.attempt, connect)
-    return run(attempt) if attempt is not None else NOT_OURS
+    if attempt is None:
+        return NOT_OURS
+    on_termination(bucket, attempt)
+    return run(attempt, bucket)
 
 
-def run(attempt: Attempt) -> int:
+def on_termination(bucket: Bucket, attempt: Attempt) -> None:
+    """Let SIGTERM make the ranks write a checkpoint and end; whoever sent it will not wait for long."""
+
+    def notice(signum: int, frame: object) -> None:
+        message = "the driver was told to end"
+        # In a thread: the handler interrupts whatever the main thread does, perhaps with a lock in its hands.
+        threading.Thread(target=give_notice, args=(bucket, attempt, message), daemon=True, name="notice").start()
+
+    signal.signal(signal.SIGTERM, notice)
+
+
+def run(attempt: Attempt, bucket: Bucket) -> int:
     """Let Ray Train place the workers, restart them when one dies, and show the run on its dashboard."""
     spec = attempt.job.spec
     assert isinstance(spec, TrainSpec)
     # Ray Train keeps notes of its own there; nothing of ours does, and nothing resumes from it.
     scratch = Path(tempfile.gettempdir()) / "lockstep-ray-train"
+    # A group of flexible size is started again by the control plane, with as many workers as there is room for.
+    flexible = spec.resources.least < spec.resources.most
     trainer = TorchTrainer(
         work,
         train_loop_config={"job": attempt.job.model_dump_json(), "attempt": attempt.number},
-        scaling_config=scaling(spec.resources),
+        scaling_config=scaling(spec.resources, attempt.workers),
         torch_config=TorchConfig(backend="nccl" if spec.resources.gpus else "gloo"),
         run_config=RunConfig(
             name=attempt.submission_id,
             storage_path=str(scratch),
             # A group that cannot be placed again is given back to the control plane after that many tries.
-            failure_config=FailureConfig(max_failures=spec.retries, controller_failure_limit=_PLACEMENTS),
-            callbacks=[RestartCounter()],
+            failure_config=FailureConfig(
+                max_failures=0 if flexible else _RESTARTS, controller_failure_limit=_PLACEMENTS
+            ),
+            callbacks=[GroupWatcher(attempt)],
         ),
     )
     try:
         outcome = trainer.fit().return_value
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:
         logger.error("Ray Train gave up: %s", error)
+        reason = reason_of_death(getattr(error, "controller_failure", error)) or Reason.WORKER_LOST
+        note_lost(bucket, attempt, reason, f"Ray Train gave up: {error}")
+        return 1
+    except Exception as error:
+        logger.exception("the driver failed by itself")
+        note_lost(bucket, attempt, Reason.WORKER_ERROR, f"the driver failed: {type(error).__name__}: {error}")
         return 1
     finally:
         shutil.rmtree(scratch / attempt.submission_id, ignore_errors=True)
@@ -68,7 +100,7 @@ def run(attempt: Attempt) -> int:
     return 0
 
 
-def scaling(resources: ResourceSpec) -> ScalingConfig:
+def scaling(resources: ResourceSpec, workers: int) -> ScalingConfig:
     """Return the fixed worker count and what Ray reserves for each."""
     each = {"CPU": float(resources.cpus)}
     if resources.gpus:
@@ -76,7 +108,7 @@ def scaling(resources: ResourceSpec) -> ScalingConfig:
     if resources.memory is not None:
         each["memory"] = float(resources.memory)
     return ScalingConfig(
-        num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=each, placement_strategy="PACK"
+        num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=each, placement_strategy="PACK"
     )
 
 
@@ -84,7 +116,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """Run on every rank."""
     settings = WorkerSettings()
     job = JobDocument.model_validate_json(config["job"])
-    result = train(job, current_session(job, config["attempt"]), Bucket(settings.storage), settings)
+    bucket = PatientBucket(settings.storage, settings.storage_patience)
+    result = train(job, current_session(job, config["attempt"]), bucket, settings)
     return result.model_dump(mode="json")
 
 

@@ -6,6 +6,7 @@ shuffled well, while reads stay within a few blocks at a time. World size does n
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,15 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def batch_number(step: int, skipped: Sequence[int]) -> int:
+    """Return which global batch, counted from 1, a step trains on: the step-th of those that are not left out."""
+    number = step
+    for left_out in sorted(skipped):
+        if left_out <= number:
+            number += 1
+    return number
 
 
 @dataclass(frozen=True)

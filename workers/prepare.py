@@ -5,8 +5,9 @@ same states and progress. It runs in one process; the same spec and text give th
 """
 
 import hashlib
+import logging
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +23,14 @@ from api.storage import Bucket
 from workers.attempt import NOT_OURS, Attempt, claim, log_to_stderr, parse_arguments
 from workers.control import Control, Halt
 from workers.corpus import TextDocument, read_documents, split
+from workers.patience import PatientBucket
 from workers.ray_session import connect
 from workers.segment import Segment, begin_segment
 from workers.session import Session
 from workers.settings import WorkerSettings
 from workers.tokens import describe_shard, encode, shard_bytes, train_tokenizer, unigram_loss
+
+logger = logging.getLogger("lockstep.workers")
 
 
 def main() -> int:
@@ -34,7 +38,7 @@ def main() -> int:
     log_to_stderr()
     arguments = parse_arguments()
     settings = WorkerSettings()
-    bucket = Bucket(settings.storage)
+    bucket = PatientBucket(settings.storage, settings.storage_patience)
     attempt = claim(bucket, arguments.project, arguments.job, arguments.attempt, connect)
     if attempt is None:
         return NOT_OURS
@@ -48,18 +52,22 @@ def run(attempt: Attempt, bucket: Bucket, settings: WorkerSettings) -> None:
     assert isinstance(spec, PrepareSpec)
     session = Session(attempt=attempt.number, restart=0)
     segment, _ = begin_segment(attempt.job, session, bucket, None, settings.stream_interval)
-    control = Control(bucket, segment.job.control(attempt.number), session, settings.control_interval)
+    control = Control(bucket, segment.job, session, settings.control_interval)
     try:
+        segment.refuse_crash_loop()
         dataset = prepare(attempt.job, spec, segment, control)
-        result = _result("succeeded", Reason.COMPLETED, f"dataset {dataset.name}@{dataset.version} is ready", dataset)
+        segment.finish(_success(dataset))
     except Halt as halt:
-        result = _result(halt.outcome, halt.reason, halt.message, None)
+        segment.finish(_end(halt.outcome, halt.reason, halt.message, segment.step))
     except InvalidData as error:
-        result = _result("failed", Reason.INVALID_DATA, str(error), None)
+        segment.finish(_end("failed", Reason.INVALID_DATA, str(error), segment.step))
+    except Exception as error:
+        logger.exception("the preparation stopped on an error of its own")
+        segment.note_fault(error, "prepare")
+        raise
     finally:
         control.close()
-    segment.finish(result)
-    segment.close()
+        segment.close()
 
 
 def prepare(job: JobDocument, spec: PrepareSpec, segment: Segment, control: Control) -> DatasetDocument:
@@ -101,6 +109,7 @@ def prepare(job: JobDocument, spec: PrepareSpec, segment: Segment, control: Cont
 
 def done(segment: Segment, control: Control, step: int, message: str) -> None:
     """Tell of a finished step, and stop here if that is wanted."""
+    segment.step = step
     segment.journal.metrics(step, {})
     segment.journal.event(step, "progress", message)
     control.check()
@@ -142,24 +151,22 @@ def write_documents(bucket: Bucket, layout: DatasetLayout, tokenizer: Tokenizer,
     bucket.put_document(layout.document, dataset)
 
 
-def _result(outcome: str, reason: Reason, message: str, dataset: DatasetDocument | None) -> ResultDocument:
-    values = {}
-    if dataset is not None:
-        values = {
-            "dataset": f"{dataset.name}@{dataset.version}",
-            "vocab_size": dataset.vocab_size,
-            "unigram_loss": dataset.unigram_loss,
-            **{f"{name}_tokens": part.tokens for name, part in dataset.splits.items()},
-        }
-    return ResultDocument.model_validate(
-        {
-            "outcome": outcome,
-            "reason": reason,
-            "message": message,
-            "step": PREPARE_STEPS if dataset is not None else 0,
-            "values": values,
-            "created_at": now(),
-        }
+def _success(dataset: DatasetDocument) -> ResultDocument:
+    values = {
+        "dataset": f"{dataset.name}@{dataset.version}",
+        "vocab_size": dataset.vocab_size,
+        "unigram_loss": dataset.unigram_loss,
+        **{f"{name}_tokens": part.tokens for name, part in dataset.splits.items()},
+    }
+    message = f"dataset {dataset.name}@{dataset.version} is ready"
+    return _end("succeeded", Reason.COMPLETED, message, PREPARE_STEPS, values)
+
+
+def _end(
+    outcome: Literal["succeeded", "failed", "stopped"], reason: Reason, message: str, step: int, values: Any = None
+) -> ResultDocument:
+    return ResultDocument(
+        outcome=outcome, reason=reason, message=message, step=step, values=values or {}, created_at=now()
     )
 
 

@@ -7,12 +7,19 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.exceptions import OutOfMemoryError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
 from ray.util.metrics import Gauge
 
 from api.documents import JobDocument
+from api.jobs import Reason
 from api.spec import TrainSpec
+from api.storage import Bucket
+from workers.attempt import Attempt
+from workers.lost import give_notice, note_dead_rank
 from workers.session import Session
+from workers.settings import WorkerSettings
 
 _RESTART = "LOCKSTEP_RESTART"
 _GAUGES = {
@@ -33,20 +40,47 @@ def connect() -> str:
     return str(ray._private.worker._global_node.session_name)
 
 
-class RestartCounter(WorkerGroupCallback):  # type: ignore[misc] # Ray carries no types
-    """Gives each start of the worker group its number, on Ray Train's controller, before any rank runs.
+class GroupWatcher(WorkerGroupCallback):  # type: ignore[misc] # Ray carries no types
+    """What Ray Train's controller, which outlives each worker group, does for the ranks.
 
-    A rank never chooses it, so a late zombie of an earlier start cannot become the newest segment.
+    It gives each start of the group its number before any rank runs: a rank never chooses it, so a late zombie of an
+    earlier start cannot become the newest segment. It passes on the notice that a machine of ours is about to go. And
+    it says of a rank that was killed for its memory what the rank itself could not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
         self._restart = -1
+        self._noticed = False
 
     def before_worker_group_start(self, worker_group_context: object) -> None:
         self._restart += 1
+        self._noted: set[int] = set()
 
     def after_worker_group_start(self, worker_group: object) -> None:
         worker_group.execute(_set_restart, self._restart)  # type: ignore[attr-defined]
+
+    def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
+        preemption = worker_group_status.get_preemption_info()
+        if preemption is not None and not self._noticed:
+            self._noticed = True
+            give_notice(self._bucket(), self._attempt, "a machine of this run is being drained")
+        for rank, error in worker_group_status.errors.items():
+            if rank not in self._noted and (reason := reason_of_death(error)) is not None:
+                self._noted.add(rank)
+                message = f"rank {rank}: {error}"
+                note_dead_rank(self._bucket(), self._attempt, self._restart, rank, reason, message)
+
+    def _bucket(self) -> Bucket:
+        return Bucket(WorkerSettings().storage)
+
+
+def reason_of_death(error: BaseException) -> Reason | None:
+    """Return what Ray says of a worker that was killed, where that is more than that it is gone."""
+    words = str(error)
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in words or "OutOfMemoryError" in words:
+        return Reason.OUT_OF_MEMORY
+    return None
 
 
 def _set_restart(restart: int) -> None:

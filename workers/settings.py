@@ -32,6 +32,14 @@ class WorkerSettings:
     """Least time between two writes of a stream of metric lines or log lines."""
     control_interval: float = field(default_factory=lambda: _seconds("LOCKSTEP_CONTROL_INTERVAL", 1.0))
     """Time between two looks at the control object."""
+    heartbeat_interval: float = field(default_factory=lambda: _seconds("LOCKSTEP_HEARTBEAT_INTERVAL", 5.0))
+    """Least time between two signs of life for the control plane."""
+    hang_seconds: float = field(default_factory=lambda: _seconds("LOCKSTEP_HANG_SECONDS", 60.0))
+    """The longest standstill after the first step, or ten times the usual step if that is longer; then a rank ends."""
+    hang_start_seconds: float = field(default_factory=lambda: _seconds("LOCKSTEP_HANG_START_SECONDS", 600.0))
+    """The longest standstill before the first step, in a compilation and while a sample is generated."""
+    storage_patience: float = field(default_factory=lambda: _seconds("LOCKSTEP_STORAGE_PATIENCE", 3600.0))
+    """How long a worker waits for a store that does not answer; then it ends, and is started again later."""
     receipt_timeout: float = field(default_factory=lambda: _seconds("LOCKSTEP_RECEIPT_TIMEOUT", 600.0))
     """How long rank 0 waits for the other ranks' parts of a checkpoint."""
     peak_seconds: float = field(default_factory=lambda: _seconds("LOCKSTEP_PEAK_SECONDS", 0.3))

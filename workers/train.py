@@ -3,41 +3,34 @@
 It sees Ray only as a `Session`, so it also runs in one plain process and under torchrun.
 """
 
-import hashlib
 import logging
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from api.arithmetic import flops_per_token, samples, total_steps
-from api.datasets import find_dataset
-from api.documents import CheckpointRef, DatasetDocument, JobDocument, Manifest, ResultDocument, now
-from api.errors import InvalidData, LockstepError, ObjectMissing, StorageError
+from api.documents import CheckpointRef, JobDocument, ResultDocument, now
+from api.errors import InvalidData, ObjectMissing, StorageError
 from api.jobs import Reason
-from api.layout import DatasetLayout, JobLayout
 from api.spec import SampleSpec, TrainSpec
-from api.storage import Bucket
-from workers.checkpoint import CheckpointWriter, Restored, State, load_state, state_of
-from workers.compile import compile_blocks
+from api.storage import Bucket, Timeouts
+from workers.checkpoint import seconds_away
 from workers.control import Control, Halt
-from workers.data import TokenSplit, TrainBatches
+from workers.data import Batch
 from workers.evaluate import evaluate
-from workers.metrics import Meter
-from workers.model import Transformer, generate
-from workers.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from workers.peak import measure_peak
-from workers.segment import Segment, begin_segment, fingerprint_of
+from workers.gradients import accumulate_gradients, tokens_per_step, warm_up
+from workers.heartbeat import Heartbeat
+from workers.model import generate
+from workers.optim import clip_gradients, learning_rate, set_learning_rate
+from workers.run import LoopState, Run, prepare_run
+from workers.segment import SKIPPED_BATCH, Segment, begin_segment, fingerprint_of
 from workers.session import Session
 from workers.settings import WorkerSettings
-from workers.tokens import read_tokenizer
-from workers.tree import Partial, across_ranks, push, put_root, same_start, take_leaf
+from workers.snapshot import state_of
+from workers.watchdog import Limits, Watchdog, asks, write_report
 
 logger = logging.getLogger("lockstep.workers")
 
@@ -52,26 +45,28 @@ def train(job: JobDocument, session: Session, bucket: Bucket, settings: WorkerSe
     assert isinstance(spec, TrainSpec)
     torch.set_num_threads(spec.resources.cpus)
     segment, origin = begin_segment(job, session, bucket, fingerprint_of(spec, session), settings.stream_interval)
-    control = Control(bucket, segment.job.control(session.attempt), session, settings.control_interval)
+    watchdog = watch(segment, settings)
+    heartbeat = Heartbeat(segment, watchdog, settings.heartbeat_interval)
+    control = Control(bucket, segment.job, session, settings.control_interval, on_look=heartbeat.write)
     run: Run | None = None
     try:
+        segment.refuse_crash_loop()
         control.check()
-        run = prepare_run(job, spec, segment, origin, control, settings)
+        run = prepare_run(job, spec, segment, origin, control, watchdog, settings)
         result = run_steps(run)
-        if session.leads:
-            segment.finish(result)
+        segment.finish(result)
     except Halt as halt:
         if run is not None:
-            run.settle()
-        result = outcome(halt.outcome, halt.reason, halt.message, run.step if run else origin.step, {})
-        if session.leads:
-            segment.finish(result)
-    except Exception:
-        logger.exception(
-            "rank %d stopped on an error, its own or of a rank that it lost", session.rank
-        )  # into the job's own log; the group is restarted
+            settle(run, halt)
+        result = outcome(halt.outcome, halt.reason, halt.message, segment.step, halt.values)
+        segment.finish(result)
+    except Exception as error:
+        # Into the job's own log; the group is restarted.
+        logger.exception("rank %d stopped on an error, its own or of a rank that it lost", session.rank)
+        segment.note_fault(error, watchdog.pulse().phase)
         raise
     finally:
+        watchdog.close()
         control.close()
         if run is not None:
             run.close()
@@ -79,65 +74,34 @@ def train(job: JobDocument, session: Session, bucket: Bucket, settings: WorkerSe
     return result
 
 
-@dataclass
-class Run:
-    """Everything that the loop works with. `step` counts finished optimizer steps."""
-
-    spec: TrainSpec
-    session: Session
-    segment: Segment
-    control: Control
-    dataset: DatasetDocument
-    tokenizer: Tokenizer | None
-    """None if the dataset is a folder of bare shards."""
-    model: Transformer
-    parallel: nn.Module
-    optimizer: torch.optim.Optimizer
-    batches: TrainBatches
-    eval_split: TokenSplit
-    writer: CheckpointWriter
-    meter: Meter
-    total_steps: int
-    step: int
-    logged_step: int
-    """Where the newest metric line of this segment ends; its start if there is none."""
-    loss_sum: Tensor
-    """This rank's losses (nats, summed over tokens) since the last multiple of `log_every`; float64 scalar."""
-    evaluation: dict[str, float]
-    """Of the present step, if it was evaluated; a checkpoint carries it."""
-    checkpoint: CheckpointRef | None
-    """The newest one, which may be the one that this segment began at."""
-
-    def settle(self) -> None:
-        """Let the checkpoint in flight be finished: after a loss that is not finite it is what the user has."""
-        try:
-            self.writer.wait()
-        except StorageError as error:
-            logger.warning("the checkpoint in flight was not written: %s", error)
-
-    def close(self) -> None:
-        self.batches.close()
-        self.eval_split.cache.close()
-        self.writer.close()
+def watch(segment: Segment, settings: WorkerSettings) -> Watchdog:
+    """Start this rank's watchdog. It asks the store by a bucket of its own, which gives up within seconds."""
+    store = Bucket(segment.bucket.url, Timeouts(connect=3.0, read=3.0, attempts=1))
+    probe = asks(store, segment.layout.document)
+    watchdog = Watchdog(
+        Limits(first=settings.hang_start_seconds, least=settings.hang_seconds),
+        # A store may answer the probe, and yet not what this rank waits for.
+        store_answers=lambda: not seconds_away(segment.bucket) and probe(),
+        on_hang=lambda stacks, hang: write_report(segment, segment.step, stacks, hang),
+    )
+    watchdog.start()
+    return watchdog
 
 
 def run_steps(run: Run) -> ResultDocument:
     """Run from `run.step` to the end: micro-batches, reduce, clip, finite check, optimizer; then what is due."""
     spec = run.spec
     warm_up(run)
+    if run.owes_evaluation:  # a stop cut it short, after the checkpoint's step
+        evaluate_now(run)
     while run.step < run.total_steps:
-        step = run.step + 1
-        run.evaluation = {}
-        micro_batches = next_batch(run)
-        accumulate_gradients(run, step, micro_batches)
-        norm = float(clip_gradients(run.model, spec.clip))
-        if not math.isfinite(norm):
-            raise Halt("failed", Reason.NON_FINITE_LOSS, f"the gradient of step {step} is not finite ({norm})")
+        began, step = perf_counter(), run.step + 1
+        norm = finite_gradients(run, step)
         rate = learning_rate(spec.schedule, spec.optimizer.learning_rate, step, run.total_steps)
         set_learning_rate(run.optimizer, rate)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        run.step = step
+        run.done(step, perf_counter() - began)
 
         last = step == run.total_steps
         if step % spec.log_every == 0 or last:
@@ -145,104 +109,70 @@ def run_steps(run: Run) -> ResultDocument:
         if step % spec.evaluate.every == 0 or last:
             evaluate_now(run)
         if step % spec.checkpoint.every == 0 or last:
-            save_checkpoint(run)
+            save_checkpoint(run, required=last)
     return finish(run)
 
 
-def next_batch(run: Run) -> list[tuple[Tensor, Tensor]]:
-    """Return this rank's micro-batches; on the way all ranks agree that none has bad data and nobody wants a stop."""
-    micro_batches: list[tuple[Tensor, Tensor]] = []
-    fault: LockstepError | None = None
+def finite_gradients(run: Run, step: int) -> float:
+    """Leave the clipped gradients of the step's batch in the parameters; return their norm before clipping.
+
+    A batch whose gradient is not finite fails the run, or is left out and the next one taken.
+    """
+    while True:
+        batch = next_batch(run)
+        losses_before = run.loss_sum.clone()
+        accumulate_gradients(run, step, batch.micro_batches)
+        norm = float(clip_gradients(run.model, run.spec.clip))
+        if math.isfinite(norm):
+            return norm
+        run.loss_sum = losses_before
+        run.optimizer.zero_grad()
+        leave_out(run, step, batch.number, f"the gradient of step {step} is not finite ({norm})")
+
+
+def next_batch(run: Run) -> Batch:
+    """Return this rank's part of a global batch; all ranks agree that none has bad data and nobody wants a stop."""
+    batch, fault = Batch(0, []), None
     try:
-        micro_batches = run.batches.next()
+        batch = run.batches.next()
     except (InvalidData, ObjectMissing) as error:
         fault = error
     run.control.check(fault)
-    return micro_batches
+    return batch
 
 
-def accumulate_gradients(run: Run, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
-    """Leave the gradients of the global batch's mean loss in the parameters, the same on every rank."""
-    if run.spec.determinism == "elastic":
-        sum_in_a_tree(run, step, micro_batches)
-    else:
-        sum_by_ddp(run, step, micro_batches)
+def leave_out(run: Run, step: int, number: int, why: str) -> None:
+    """Leave a batch out on purpose, if the spec allows one more; Halt if not, or if that means going back."""
+    action, limit = run.spec.on_non_finite, run.spec.non_finite_limit
+    if action == "fail":
+        raise Halt("failed", Reason.NON_FINITE_LOSS, why)
+    if len(run.segment.skipped) >= limit:
+        raise Halt("failed", Reason.NON_FINITE_LOSS, f"{why}, and {limit} batches have been left out already")
+    if action == "rewind":
+        raise Halt("stopped", Reason.REWOUND, f"{why}: batch {number} will be left out", values={SKIPPED_BATCH: number})
+    run.segment.skipped.append(number)
+    run.segment.journal.event(step, "skipped", f"{why}: batch {number} is left out", batch=number)
 
 
-def sum_by_ddp(run: Run, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
-    """Add up this rank's gradients; only the last micro-batch is synchronised, while its backward runs."""
-    scale = run.session.world_size / tokens_per_step(run.spec)  # DDP averages over ranks, the mean is over all tokens
-    for i, micro_batch in enumerate(micro_batches):
-        with no_sync(run) if i < len(micro_batches) - 1 else nullcontext():
-            loss = forward_backward(run, step, run.session.rank * len(micro_batches) + i, micro_batch, scale)
-        run.loss_sum += loss.double()
+def settle(run: Run, halt: Halt) -> None:
+    """Leave behind what the end of the run shall have: a checkpoint of the present step, or the one in flight.
 
-
-def sum_in_a_tree(run: Run, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
-    """Sum gradients and losses in an order that the world size does not change (see workers/tree.py).
-
-    Every rank then knows the loss of all of them; rank 0 alone keeps it.
+    After a loss that is not finite, the one in flight is what the user has.
     """
-    parameters = list(run.model.parameters())
-    partials: list[Partial] = []
-    for i, micro_batch in enumerate(micro_batches):
-        place = run.session.rank * len(micro_batches) + i
-        loss = forward_backward(run, step, place, micro_batch, 1 / tokens_per_step(run.spec))
-        push(partials, take_leaf(parameters, loss))
-    (subtree,) = partials
-    run.loss_sum += put_root(parameters, across_ranks(subtree.total, run.session)).double() * run.session.leads
-
-
-def forward_backward(run: Run, step: int, place: int, micro_batch: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Add the gradients of scale × the loss of a micro-batch, by its place in the global batch; return the loss."""
-    torch.manual_seed(dropout_seed(run.spec.seed, step, place))
-    tokens_BT, targets_BT = micro_batch
-    loss = run.parallel(tokens_BT.to(run.session.device), targets_BT.to(run.session.device))
-    (loss * scale).backward()
-    value: Tensor = loss.detach()
-    return value
-
-
-def tokens_per_step(spec: TrainSpec) -> int:
-    return spec.batch.global_size * spec.data.sequence_length
-
-
-def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    """Return 32 bits from (seed, step, global micro-batch): never from the rank, so world size changes no mask.
-
-    32, because torch's CPU generator keeps only the low 32 bits of a seed.
-    """
-    digest = hashlib.blake2b(f"dropout/{seed}/{step}/{micro_batch}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
-
-
-def no_sync(run: Run) -> AbstractContextManager[Any]:
-    if isinstance(run.parallel, DistributedDataParallel):
-        return run.parallel.no_sync()
-    return nullcontext()
-
-
-def warm_up(run: Run) -> None:
-    """One synchronised forward and backward, thrown away.
-
-    DDP puts its gradient buckets into another order after the first backward. Without this, the first step after
-    a resume would sum in another order than the same step of an uninterrupted run.
-    """
-    if not isinstance(run.parallel, DistributedDataParallel):
-        return
-    shape = (run.spec.micro_batch, run.spec.data.sequence_length)
-    tokens_BT = torch.zeros(shape, dtype=torch.int64, device=run.session.device)
-    run.parallel(tokens_BT, tokens_BT).backward()
-    run.optimizer.zero_grad()
+    try:
+        if halt.checkpoint and run.step > (run.saved.step if run.saved is not None else 0):
+            save_checkpoint(run)
+        run.writer.wait()
+    except StorageError as error:
+        logger.warning("the last checkpoint was not written: %s", error)
 
 
 def log(run: Run, rate: float, norm: float) -> None:
     """Write a metric line: the mean loss of the steps since the last multiple of `log_every`, and how it went."""
-    every = run.spec.log_every
     tokens = tokens_per_step(run.spec)
-    steps = run.step % every or every
-    loss = float(run.session.total(run.loss_sum.view(1))) / (steps * tokens)
+    loss = float(run.session.total(run.loss_sum.view(1))) / (run.loss_steps * tokens)
     run.loss_sum.zero_()
+    run.loss_steps = 0
     trained = run.step - run.logged_step
     values = run.meter.line(trained, trained * tokens, run.batches.waited, run.writer.stalled)
     run.logged_step = run.step
@@ -254,38 +184,44 @@ def log(run: Run, rate: float, norm: float) -> None:
 
 def evaluate_now(run: Run) -> None:
     start = perf_counter()
+    run.owes_evaluation = True
     loss = evaluate(
-        run.model, run.eval_split, run.spec.evaluate.sequences, run.spec.micro_batch, run.session, run.control
+        run.model,
+        run.eval_split,
+        run.spec.evaluate.sequences,
+        run.spec.micro_batch,
+        run.session,
+        check=run.control.check,
+        moved=lambda: run.watchdog.beat("evaluation"),
     )
     run.meter.pause(perf_counter() - start)
     if not math.isfinite(loss):
         raise Halt("failed", Reason.NON_FINITE_LOSS, f"the eval loss of step {run.step} is not finite ({loss})")
+    run.owes_evaluation = False
     run.evaluation = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
     run.segment.journal.metrics(run.step, run.evaluation)
     run.segment.journal.event(run.step, "evaluation", f"step {run.step}: eval loss {loss:.4f}", **run.evaluation)
 
 
-def save_checkpoint(run: Run) -> None:
-    run.writer.save(run.step, {**state_of(run.model, run.optimizer), **loop_state(run)}, run.evaluation)
-    run.checkpoint = CheckpointRef(segment=run.segment.id, step=run.step)
-
-
-def loop_state(run: Run) -> State:
-    """Return what the loop itself has half done: the losses since the last metric line, summed over ranks."""
-    return {"loop.loss_sum": run.session.total(run.loss_sum.view(1))}
+def save_checkpoint(run: Run, required: bool = False) -> None:
+    """Write one; where the store is away or memory is short, the training goes on without it, unless it must be."""
+    loop = LoopState(run.session.total(run.loss_sum.view(1)), run.loss_steps, run.owes_evaluation)
+    state = {**state_of(run.model, run.optimizer), **loop.tensors()}
+    if run.writer.save(run.step, state, run.evaluation, run.segment.skipped, required):
+        run.saved = CheckpointRef(segment=run.segment.id, step=run.step)
 
 
 def finish(run: Run) -> ResultDocument:
     """Wait until the last checkpoint is committed, generate the sample, and say what was made."""
     run.writer.wait()
-    run.session.gather(True)  # every rank's part is written before any rank leaves
-    assert run.checkpoint is not None  # one follows the last step
+    assert run.saved is not None  # one follows the last step
     values: dict[str, Any] = {
         **run.evaluation,
         **({} if run.dataset.unigram_loss is None else {"unigram_loss": run.dataset.unigram_loss}),
-        "checkpoint": run.segment.job.segment(run.checkpoint.segment).checkpoint(run.step).prefix,
+        "checkpoint": run.segment.job.segment(run.saved.segment).checkpoint(run.step).prefix,
     }
     if run.spec.sample is not None and run.tokenizer is not None and run.session.leads:
+        run.watchdog.beat("sample")
         values["sample"] = sample(run, run.spec.sample, run.tokenizer)
     return outcome("succeeded", Reason.COMPLETED, f"trained {run.step} steps", run.step, values)
 
@@ -301,109 +237,3 @@ def sample(run: Run, spec: SampleSpec, tokenizer: Tokenizer) -> str:
 
 def outcome(kind: Any, reason: Reason, message: str, step: int, values: dict[str, Any]) -> ResultDocument:
     return ResultDocument(outcome=kind, reason=reason, message=message, step=step, values=values, created_at=now())
-
-
-def prepare_run(
-    job: JobDocument, spec: TrainSpec, segment: Segment, origin: Restored, control: Control, settings: WorkerSettings
-) -> Run:
-    """Open the data, build model and optimizer, put the checkpoint in; Halt on every rank if the data is bad."""
-    session, bucket = segment.session, segment.bucket
-    fault: LockstepError | None = None
-    try:
-        dataset, tokenizer, layout = open_dataset(job, spec, bucket)
-        train_split = TokenSplit(bucket, layout, dataset, "train", settings.cache, settings.cache_bytes)
-        eval_split = TokenSplit(bucket, layout, dataset, "eval", settings.cache, settings.cache_bytes)
-        for split in (train_split, eval_split):
-            split.require(spec.data.sequence_length)
-    except (InvalidData, ObjectMissing) as error:
-        fault = error
-    control.check(fault)
-
-    peak = measure_peak(session, spec.precision, settings.peak_seconds)
-    torch.manual_seed(dropout_seed(spec.seed, 0, 0))
-    model = Transformer(spec.model, dataset.vocab_size, spec.data.sequence_length, spec.precision).to(session.device)
-    if spec.compile:
-        control.check(compile_blocks(model, spec.micro_batch), Reason.UNSUPPORTED)
-    optimizer = make_optimizer(model, spec.optimizer)
-    if origin.step:
-        load_state(model, optimizer, origin.state)
-    loss_sum = origin.state.get("loop.loss_sum", torch.zeros(1, dtype=torch.float64)) * session.leads
-    origin.state.clear()
-    micros = spec.micro_batches // session.world_size
-    batches = TrainBatches(
-        train_split,
-        sequence_length=spec.data.sequence_length,
-        seed=spec.seed,
-        global_size=spec.batch.global_size,
-        micro_size=spec.micro_batch,
-        micro_range=range(session.rank * micros, (session.rank + 1) * micros),
-        first_step=origin.step + 1,
-    )
-    steps = total_steps(spec, samples(dataset, "train", spec.data.sequence_length))
-    flops = flops_per_token(spec.model, dataset.vocab_size, spec.data.sequence_length)
-    writer = CheckpointWriter(
-        bucket,
-        JobLayout(job.project, job.id),
-        segment.id,
-        session,
-        before_manifest=segment.journal.flush,
-        on_commit=lambda manifest: announce(segment, manifest),
-        receipt_timeout=settings.receipt_timeout,
-    )
-    return Run(
-        spec=spec,
-        session=session,
-        segment=segment,
-        control=control,
-        dataset=dataset,
-        tokenizer=tokenizer,
-        model=model,
-        parallel=data_parallel(model, session, spec.determinism),
-        optimizer=optimizer,
-        batches=batches,
-        eval_split=eval_split,
-        writer=writer,
-        meter=Meter(flops, session.device, peak),
-        total_steps=steps,
-        step=origin.step,
-        logged_step=origin.step,
-        loss_sum=loss_sum.view(()).to(session.device),
-        evaluation=origin.metrics,
-        checkpoint=origin.point,
-    )
-
-
-def open_dataset(
-    job: JobDocument, spec: TrainSpec, bucket: Bucket
-) -> tuple[DatasetDocument, Tokenizer | None, DatasetLayout]:
-    """Return the pinned dataset, and its tokenizer if it has one; InvalidData or ObjectMissing say what is wrong."""
-    name = spec.data.dataset.partition("@")[0]
-    layout = DatasetLayout(job.project, name, job.dataset_version or "")
-    dataset = find_dataset(bucket, job.project, f"{name}@{layout.version}", spec.model.vocab_size)
-    if layout.is_bare:
-        return dataset, None, layout
-    return dataset, read_tokenizer(bucket.get(layout.tokenizer), dataset.tokenizer_sha256, layout.tokenizer), layout
-
-
-def data_parallel(model: Transformer, session: Session, determinism: str) -> nn.Module:
-    """Wrap for gradient averaging over ranks, overlapped with the backward pass; one process needs none.
-
-    Elastic runs average in an order of their own, so they need only the same start on every rank.
-    """
-    if determinism == "elastic":
-        same_start(model, session)
-        return model
-    if session.world_size == 1:
-        return model
-    device_ids = [session.device] if session.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-def announce(segment: Segment, manifest: Manifest) -> None:
-    segment.journal.event(
-        manifest.step,
-        "checkpoint",
-        f"step {manifest.step}: checkpoint written, {manifest.size / 2**20:.1f} MiB in {manifest.world_size} parts",
-        size=manifest.size,
-        segment=manifest.segment,
-    )

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from service.store import make_engine
+from service.database import make_engine
 from service.tables import metadata
 
 engine = make_engine(context.config.attributes["url"])

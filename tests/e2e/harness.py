@@ -25,7 +25,8 @@ from api.profile import load
 from api.storage import Bucket
 from service.stack import read_credentials
 from tests.servers import free_port
-from workers.checkpoint import State, read_checkpoint
+from workers.restore import read_checkpoint
+from workers.snapshot import State
 
 #: Short clocks, in seconds.
 CLOCKS = {

@@ -25,9 +25,10 @@ from tests.training import (
     train_alone,
     train_job,
 )
-from workers.checkpoint import State, read_checkpoint
+from workers.restore import read_checkpoint
 from workers.session import Session
 from workers.settings import WorkerSettings
+from workers.snapshot import State
 from workers.tokens import describe_shard, train_tokenizer
 from workers.train import train
 

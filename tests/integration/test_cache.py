@@ -75,13 +75,13 @@ def read_twice(session: Session, storage: str, cache: Path, limit: int) -> list[
         micros = 4 // session.world_size
         batches = TrainBatches(
             split, sequence_length=LENGTH, seed=3, global_size=4, micro_size=1,
-            micro_range=range(session.rank * micros, (session.rank + 1) * micros), first_step=1,
+            micro_range=range(session.rank * micros, (session.rank + 1) * micros), first_batch=1,
         )  # fmt: skip
         samples = sum((shape.tokens - 1) // LENGTH for shape in split.shapes)
         digests = []
         for _ in range(2 * samples // 4):
             digest = hashlib.sha256()
-            for tokens_BT, targets_BT in batches.next():
+            for tokens_BT, targets_BT in batches.next().micro_batches:
                 digest.update(tokens_BT.numpy().tobytes() + targets_BT.numpy().tobytes())
             digests.append(digest.hexdigest())
         batches.close()

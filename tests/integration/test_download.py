@@ -43,8 +43,8 @@ from tests.training import (
     train_alone,
     train_job,
 )
-from workers.checkpoint import read_checkpoint
 from workers.model import Transformer
+from workers.restore import read_checkpoint
 
 KEY = "lk_download"
 JOB = "job-01h4x5y6z7abcdefghjk"

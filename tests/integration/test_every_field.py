@@ -14,11 +14,12 @@ from api.spec import TrainSpec, job_spec_adapter
 from api.storage import Bucket
 from service.admission import bundles
 from service.jobs import answer
+from service.line import claim
 from service.reconciler import view
 from service.render import submission
 from service.retention import policy_of
+from service.rows import JobRow
 from service.settings import Settings
-from service.store import JobRow
 from tests.training import (
     PROJECT,
     history_lines,
@@ -30,8 +31,8 @@ from tests.training import (
     train_alone,
     train_job,
 )
-from workers.checkpoint import newest_valid, read_segments
 from workers.main import scaling
+from workers.restore import newest_valid, read_segments
 from workers.settings import WorkerSettings
 
 #: A value other than the one in the base spec, for each field that the training itself acts on.
@@ -51,7 +52,10 @@ IN_THE_RUN: dict[str, Any] = {
 AROUND_THE_RUN: dict[str, Any] = {
     "name": "other", "labels": {"a": "b"}, "retries": 1, "deadline": 60, "resources.workers": 2, "resources.cpus": 2,
     "resources.gpus": 1, "resources.memory": "2GiB", "checkpoint.keep_last": 1, "checkpoint.keep_best": 1,
+    "priority": 5,
 }  # fmt: skip
+#: What acts only where something else is so: a batch that is not finite, a job to begin at (test_train_control.py).
+IN_SPECIAL_RUNS = {"on_non_finite", "non_finite_limit", "init", "init.from_job", "init.step"}
 REFUSED: dict[str, Any] = {
     "kind": "serve", "task": "translation", "model.family": "encoder", "model.vocab_size": 3, "optimizer.type": "sgd",
 }  # fmt: skip
@@ -132,12 +136,22 @@ def around(spec: TrainSpec) -> str:
     seen = view(row)
     posted = submission(spec, PROJECT, "j", 1, settings)
     life = (seen.retries, seen.deadline and seen.deadline - at)
-    return repr((answer(row).labels, life, posted, bundles(spec), scaling(spec.resources), policy_of(spec)))
+    return repr(
+        (
+            answer(row).labels,
+            life,
+            posted,
+            bundles(spec),
+            claim(row),
+            scaling(spec.resources, spec.sizes[0]),
+            policy_of(spec),
+        )
+    )
 
 
 def test_the_walk_reaches_every_field() -> None:
     every = set(fields(TrainSpec))
-    assert every == IN_THE_RUN.keys() | AROUND_THE_RUN.keys() | REFUSED.keys()
+    assert every == IN_THE_RUN.keys() | AROUND_THE_RUN.keys() | IN_SPECIAL_RUNS | REFUSED.keys()
 
 
 def test_every_field_that_the_run_acts_on_changes_the_run(bucket: Bucket, settings: WorkerSettings) -> None:

@@ -20,10 +20,11 @@ from tests.training import (
     train_alone,
     train_job,
 )
-from workers.checkpoint import State, read_checkpoint
 from workers.local import main
+from workers.restore import read_checkpoint
 from workers.session import Session
 from workers.settings import WorkerSettings
+from workers.snapshot import State
 from workers.train import train
 
 ROOT = Path(__file__).parents[2]

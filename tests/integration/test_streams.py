@@ -15,9 +15,10 @@ from api.errors import InvalidData, Unauthorized, Unreachable
 from api.jobs import Event, LogLine, MetricPoint, Rewind
 from api.storage import Bucket
 from service.app import create_app
+from service.rows import NewEvent
 from service.server import Server
 from service.settings import Settings
-from service.store import NewEvent, Store
+from service.store import Store
 from tests.fakes import ACCEPTED, job_id, row
 from tests.servers import free_port
 from tests.unit.service.test_run_reader import Writer

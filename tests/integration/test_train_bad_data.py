@@ -145,7 +145,7 @@ def test_a_warm_cache_needs_no_shard(bucket: Bucket, settings: WorkerSettings) -
     assert train_alone(train_job("second"), bucket, settings).outcome == "succeeded"
 
 
-def batches_of(bucket: Bucket, settings: WorkerSettings, micros: range, first_step: int = 1) -> TrainBatches:
+def batches_of(bucket: Bucket, settings: WorkerSettings, micros: range, first_batch: int = 1) -> TrainBatches:
     dataset = make_dataset(bucket, settings)
     return TrainBatches(
         TokenSplit(bucket, dataset_layout(), dataset, "train", settings.cache),
@@ -154,7 +154,7 @@ def batches_of(bucket: Bucket, settings: WorkerSettings, micros: range, first_st
         global_size=12,
         micro_size=2,
         micro_range=micros,
-        first_step=first_step,
+        first_batch=first_batch,
     )
 
 
@@ -189,8 +189,8 @@ def test_the_ranks_micro_batches_are_together_the_global_batch(
     alone = batches_of(bucket, settings, range(6))
     ranks = [batches_of(bucket, settings, range(r * each, (r + 1) * each)) for r in range(world_size)]
     for _ in range(3):
-        together = [micro for rank in ranks for micro in rank.next()]
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(alone.next(), together, strict=True))
+        together = [micro for rank in ranks for micro in rank.next().micro_batches]
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(alone.next().micro_batches, together, strict=True))
     for batches in (alone, *ranks):
         batches.close()
 
@@ -198,12 +198,14 @@ def test_the_ranks_micro_batches_are_together_the_global_batch(
 def test_targets_are_the_next_tokens_and_a_later_start_reads_the_same_batches(
     bucket: Bucket, settings: WorkerSettings
 ) -> None:
-    early, late = batches_of(bucket, settings, range(6)), batches_of(bucket, settings, range(6), first_step=3)
+    early, late = batches_of(bucket, settings, range(6)), batches_of(bucket, settings, range(6), first_batch=3)
     from_the_start = [early.next() for _ in range(4)]
-    for tokens_BT, targets_BT in from_the_start[0]:
+    for tokens_BT, targets_BT in from_the_start[0].micro_batches:
         assert tokens_BT.shape == targets_BT.shape == (2, 32)
         assert torch.equal(tokens_BT[:, 1:], targets_BT[:, :-1])
     for expected in from_the_start[2:]:
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(late.next(), expected, strict=True))
+        assert all(
+            torch.equal(a[0], b[0]) for a, b in zip(late.next().micro_batches, expected.micro_batches, strict=True)
+        )
     early.close()
     late.close()

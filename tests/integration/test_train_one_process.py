@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import workers.gradients
 import workers.train
 from api.documents import CheckpointRef, ControlDocument, JobDocument, SegmentDocument
 from api.jobs import Reason
@@ -28,11 +29,13 @@ from tests.training import (
     train_alone,
     train_job,
 )
-from workers.checkpoint import CheckpointWriter, State, read_checkpoint
+from workers.checkpoint import CheckpointWriter
 from workers.optim import clip_gradients
+from workers.restore import read_checkpoint
+from workers.run import Run
 from workers.session import Session
 from workers.settings import WorkerSettings
-from workers.train import Run
+from workers.snapshot import State
 
 #: What a run may do otherwise than the job of `train_job` does.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -296,7 +299,7 @@ def test_a_wish_to_cancel_is_honoured_within_one_step(
     def cancelled_meanwhile(run: Run) -> None:
         original(run)
         bucket.put_document(layout_of(job).control(1), ControlDocument(wish="cancel"))
-        while run.control._wish == "run":  # until rank 0's thread has seen it
+        while run.control._wanted == 0:  # until rank 0's thread has seen it
             time.sleep(0.005)
 
     monkeypatch.setattr(workers.train, "evaluate_now", cancelled_meanwhile)
@@ -320,7 +323,7 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_spoils_no_checkpoint(
     bucket: Bucket, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = train_job("exploded")
-    original = workers.train.accumulate_gradients
+    original = workers.gradients.accumulate_gradients
 
     def poisoned(run: Run, step: int, *arguments: object, **named: object) -> None:
         if step == 6:
@@ -341,7 +344,7 @@ def test_an_evaluation_that_is_not_finite_fails_the_run_before_the_checkpoint(
     bucket: Bucket, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = train_job("poisoned-evaluation")
-    monkeypatch.setattr(workers.train, "evaluate", lambda *_: float("nan"))
+    monkeypatch.setattr(workers.train, "evaluate", lambda *_, **__: float("nan"))
     result = train_alone(job, bucket, settings)
     assert (result.outcome, result.reason, result.step) == ("failed", Reason.NON_FINITE_LOSS, 4)
     assert manifests(bucket, job) == []

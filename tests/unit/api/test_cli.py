@@ -8,8 +8,9 @@ import httpx2
 import pytest
 from typer.testing import CliRunner, Result
 
-from api.cli import SpecFileError, app, read_spec
+from api.cli import app
 from api.client import Client
+from api.specfile import SpecFileError, read_spec
 
 ID = "job-01h4x5y6z7abcdefghjk"
 SPEC = {"name": "tiny", "data": {"dataset": "words"}, "model": {"size": "1m"}}
@@ -163,6 +164,8 @@ def test_watching_for_programs_is_a_line_for_each_event_and_then_the_job() -> No
     assert (last["id"], last["state"]) == (ID, "failed")
 
 
+CHANGES = ["cancel", "pause", "resume", "retry", "delete"]
+COMMANDS = ["show", "watch", "logs", "metrics", "checkpoints", *CHANGES]
 CODES: list[tuple[Any, int, str]] = [
     (problem(400, "bad-request"), 2, "It is so."),
     (problem(401, "unauthorized"), 2, "It is so."),
@@ -177,9 +180,10 @@ CODES: list[tuple[Any, int, str]] = [
 
 
 @pytest.mark.parametrize(("answer", "code", "words"), CODES)
-@pytest.mark.parametrize("command", ["show", "watch", "logs", "metrics", "checkpoints", "cancel", "delete"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_an_error_is_a_message_and_a_code_never_a_traceback(command: str, answer: Any, code: int, words: str) -> None:
-    routes = ("GET__job", "GET__logs", "GET__metrics", "GET__checkpoints", "POST__cancel", "DELETE__job")
+    asked = ("POST__cancel", "POST__pause", "POST__resume", "POST__retry")
+    routes = ("GET__job", "GET__logs", "GET__metrics", "GET__checkpoints", *asked, "DELETE__job")
     result = lockstep(Server(**dict.fromkeys(routes, answer)), command, ID)
     assert result.exit_code == code
     assert words in result.stderr
@@ -299,10 +303,21 @@ def test_a_json_file_is_read_as_json(tmp_path: Path) -> None:
 
 CHECKPOINT = {"step": 4, "segment": "1-0-a", "prefix": "p", "size": 2**20, "parts": 1, "metrics": {}, "created_at": AT}
 POINT = {"segment": "s", "line": 0, "step": 7, "at": AT, "values": {"loss": 2.5}}
+NEXT = "job-01h4x5y6z8abcdefghjk"
+ENTRY = {"position": 1, "job_id": ID, "name": "tiny", "priority": 7, "state": "queued", "needs": "2 × 1 CPU",
+         "message": "needs 2 × 1 CPU, 0 CPU free", "since": AT}  # fmt: skip
 VIEWS: list[tuple[list[str], dict[str, Any], str]] = [
     (["list"], {"GET__jobs": page(job())}, ID),
     (["show", ID], {"GET__job": job()}, "5/10"),
     (["cancel", ID], {"POST__cancel": httpx2.Response(202, json=job("cancelling"))}, "Cancellation requested"),
+    (
+        ["pause", ID],
+        {"POST__pause": httpx2.Response(202, json=job())},
+        f"Pause requested. It writes a checkpoint first: lockstep watch {ID}",
+    ),
+    (["resume", ID], {"POST__resume": httpx2.Response(202, json=job("paused"))}, "Resumed. It waits for its turn"),
+    (["retry", ID], {"POST__retry": httpx2.Response(201, json=job("queued", id=NEXT))}, NEXT),
+    (["queue"], {"GET__queue": page(ENTRY)}, "needs 2 × 1 CPU"),
     (["metrics", ID], {"GET__metrics": page(POINT)}, "2.5000"),
     (["checkpoints", ID], {"GET__checkpoints": page(CHECKPOINT)}, "1.0 MiB"),
 ]
@@ -338,6 +353,32 @@ def test_list_takes_several_states_and_labels() -> None:
     assert server.asked[0].url.params.get_list("label") == ["team=a", "x"]
     assert "team=a" in result.stdout
     assert "team=a" in lockstep(Server(GET__job=job(labels={"team": "a"})), "show", ID).stdout
+
+
+def test_cancel_and_resume_say_how() -> None:
+    server = Server(POST__cancel=job("cancelling"), POST__resume=job("paused"))
+    lockstep(server, "cancel", ID)
+    lockstep(server, "cancel", ID, "--keep-checkpoint")
+    lockstep(server, "resume", ID)
+    lockstep(server, "resume", ID, "--workers", "4")
+    assert [json.loads(request.content) for request in server.asked] == [
+        {"keep_checkpoint": False}, {"keep_checkpoint": True}, {"workers": None}, {"workers": 4}]  # fmt: skip
+
+
+def test_a_size_that_does_not_fit_is_told_as_the_api_says_it() -> None:
+    faults = [{"path": "$.workers", "message": "2 or 4 would do"}]
+    result = lockstep(
+        Server(POST__resume=problem(422, "invalid", "2 or 4 would do", faults)), "resume", ID, "--workers", "3"
+    )
+    assert (result.exit_code, result.stderr) == (2, "2 or 4 would do\n")
+
+
+@pytest.mark.parametrize("command", ["cancel", "pause"])
+def test_what_has_ended_meanwhile_is_shown_as_it_ended(command: str) -> None:
+    answers = {f"POST__{command}": httpx2.Response(202, json=job("cancelled"))}
+    result = lockstep(Server(**answers), command, ID)
+    assert "cancelled" in result.stdout
+    assert "requested" not in result.stdout
 
 
 class Registry(Server):
@@ -378,7 +419,7 @@ def test_a_job_is_found_by_id_by_its_beginning_or_by_name(text: str, meant: str)
     assert (OLD in result.stderr) == (text == "tiny")
 
 
-@pytest.mark.parametrize("command", ["show", "watch", "logs", "metrics", "checkpoints", "cancel", "delete"])
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -395,8 +436,8 @@ def test_a_text_that_means_no_job_or_several_is_refused(command: str, text: str,
     assert {(request.method, request.url.path) for request in jobs.asked} <= {("GET", "/v1/jobs")}
 
 
-@pytest.mark.parametrize("command", ["cancel", "delete"])
-def test_what_ends_a_job_takes_a_name_only_if_one_job_has_it(command: str) -> None:
+@pytest.mark.parametrize("command", CHANGES)
+def test_what_changes_a_job_takes_a_name_only_if_one_job_has_it(command: str) -> None:
     jobs = Registry(*JOBS.known)
     result = lockstep(jobs, command, "tiny")
     assert result.exit_code == 2
@@ -414,7 +455,15 @@ def test_metrics_passes_its_choice_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["list", "--state", "sleeping"], ["logs", ID, "--rank", "-1"], ["nonsense"], ["show"], ["submit"]]
+    "arguments",
+    [
+        ["list", "--state", "sleeping"],
+        ["logs", ID, "--rank", "-1"],
+        ["resume", ID, "--workers", "0"],
+        ["nonsense"],
+        ["show"],
+        ["submit"],
+    ],
 )
 def test_wrong_usage_is_2(arguments: list[str]) -> None:
     assert lockstep(Server(), *arguments).exit_code == 2

@@ -174,6 +174,10 @@ CALLS: list[tuple[Callable[[Client], object], str, Any]] = [
     ),
     (lambda c: c.list(JobState.FAILED, label="x"), "GET /v1/jobs?state=failed&limit=50&label=x", page()),
     (lambda c: c.cancel(ID), f"POST /v1/jobs/{ID}/cancel", httpx2.Response(202, json=job())),
+    (lambda c: c.pause(ID), f"POST /v1/jobs/{ID}/pause", httpx2.Response(202, json=job())),
+    (lambda c: c.resume(ID), f"POST /v1/jobs/{ID}/resume", httpx2.Response(202, json=job())),
+    (lambda c: c.retry(ID), f"POST /v1/jobs/{ID}/retry", httpx2.Response(201, json=job())),
+    (lambda c: c.queue(), "GET /v1/queue", page()),
     (lambda c: c.delete(ID), f"DELETE /v1/jobs/{ID}", httpx2.Response(204)),
     (lambda c: c.events(ID, 7, 9), f"GET /v1/jobs/{ID}/events?after=7&limit=9", page()),
     (lambda c: c.metrics(ID), f"{METRICS}?from_step=0", page()),
@@ -190,6 +194,40 @@ def test_each_method_is_one_route(call: Callable[[Client], object], route: str, 
     server = Server(answer)
     call(client_of(server))
     assert [f"{request.method} {request.url.raw_path.decode()}" for request in server.asked] == [route]
+
+
+@pytest.mark.parametrize(
+    ("call", "body"),
+    [
+        (lambda c: c.cancel(ID), {"keep_checkpoint": False}),
+        (lambda c: c.cancel(ID, keep_checkpoint=True), {"keep_checkpoint": True}),
+        (lambda c: c.resume(ID), {"workers": None}),
+        (lambda c: c.resume(ID, 4), {"workers": 4}),
+    ],
+)
+def test_how_a_job_stops_and_goes_on_is_in_the_body(call: Callable[[Client], object], body: Any) -> None:
+    server = Server(httpx2.Response(202, json=job()))
+    call(client_of(server))
+    assert json.loads(server.asked[0].content) == body
+    assert server.asked[0].headers["Content-Type"] == "application/json"
+
+
+def test_a_retry_is_safe_to_send_again_by_its_key() -> None:
+    server = Server(REFUSED, UNAVAILABLE, httpx2.Response(201, json=job(id="job-2")))
+    client = client_of(server)
+    assert client.retry(ID).id == "job-2"
+    assert client.retry(ID, idempotency_key="mine").id == "job-2"
+    keys = [request.headers["Idempotency-Key"] for request in server.asked]
+    assert keys[0] == keys[1] == keys[2] != keys[3] == "mine"
+    with pytest.raises(BadRequest, match="idempotency key"):
+        client.retry(ID, idempotency_key="")
+
+
+def test_the_queue_is_read_with_all_that_it_says() -> None:
+    entry = {"position": 1, "job_id": ID, "name": "tiny", "priority": 7, "state": "queued", "needs": "2 × 1 CPU",
+             "message": "needs 2 × 1 CPU, 0 CPU free", "since": AT, "not_known_yet": 1}  # fmt: skip
+    [found] = client_of(Server(page(entry))).queue().items
+    assert (found.position, found.job_id, found.priority, found.needs) == (1, ID, 7, "2 × 1 CPU")
 
 
 def test_a_url_with_a_path_and_a_slash_is_kept() -> None:
@@ -288,7 +326,16 @@ def test_a_get_is_retried_with_growing_pauses_and_not_for_ever(trouble: Any) -> 
 
 
 @pytest.mark.parametrize("trouble", [REFUSED, UNAVAILABLE])
-@pytest.mark.parametrize("call", [lambda c: c.cancel(ID), lambda c: c.delete(ID), lambda c: c.delete_checkpoint(ID, 1)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: c.cancel(ID),
+        lambda c: c.pause(ID),
+        lambda c: c.resume(ID, 2),
+        lambda c: c.delete(ID),
+        lambda c: c.delete_checkpoint(ID, 1),
+    ],
+)
 def test_a_request_that_is_not_idempotent_is_sent_once(trouble: Any, call: Callable[[Client], object]) -> None:
     server = Server(trouble)
     with pytest.raises((Unreachable, Unavailable)):

@@ -1,5 +1,6 @@
 """The history of a job, against a slow and simple simulation of attempts, restarts and zombies."""
 
+from collections.abc import Collection
 from datetime import UTC, datetime
 
 import pytest
@@ -24,9 +25,15 @@ def segment(name: str, origin: tuple[str, int] | None = None) -> SegmentDocument
     )
 
 
-def visible(spans: list[Span], steps: dict[str, int]) -> list[tuple[str, int]]:
+def visible(spans: list[Span], steps: dict[str, int], redone: Collection[str] = ()) -> list[tuple[str, int]]:
     """Return the (segment, step) pairs that a reader of these spans sees, in order."""
-    return [(span.segment, step) for span in spans for step in range(1, steps[span.segment] + 1) if span.contains(step)]
+    return [(span.segment, step) for span in spans for step in lines_of(span, steps, redone)]
+
+
+def lines_of(span: Span, steps: dict[str, int], redone: Collection[str]) -> list[int]:
+    """Return the steps of a segment's lines within a span; those in `redone` have one of the step they began at."""
+    written = range(1, steps[span.segment] + 1)
+    return [s for s in written if (span.covers(s) if span.segment in redone else span.contains(s))]
 
 
 def test_a_job_without_segments_has_no_history() -> None:
@@ -156,7 +163,7 @@ OLDER, ANEW = segment("2-0-d", ("1-0-a", 20)), segment("3-0-e")
         # The job ended where we are, before, and in the segment that ours had left.
         ([FIRST], ("1-0-a", 30), ("1-0-a", 30), ("1-0-a", 30), False, [Span("1-0-a", 0, 30)]),
         ([FIRST], ("1-0-a", 30), ("1-0-a", 33), ("1-0-a", 30), True, []),
-        ([FIRST, SECOND], ("1-0-a", 45), ("1-1-b", 43), ("1-0-a", 40), True, [Span("1-0-a", 40, 45)]),
+        ([FIRST, SECOND], ("1-0-a", 45), ("1-1-b", 43), ("1-0-a", 40), True, [Span("1-0-a", 40, 45, whole=False)]),
         ([FIRST, SECOND], ("1-0-a", 35), ("1-1-b", 43), ("1-0-a", 35), True, []),
         # Where nobody has ever been.
         ([FIRST], None, ("1-0-lost", 9), None, True, [Span("1-0-a", 0, None)]),
@@ -182,6 +189,7 @@ def test_a_reader_who_looks_now_and_then_has_what_one_sees_who_looks_once(data: 
     """Segments begin at any point of any segment that was ever written, and any of them may go on writing."""
     segments: list[SegmentDocument] = []
     reached: dict[str, int] = {}
+    redone: set[str] = set()
     had: list[tuple[str, int]] = []
     position: Position | None = None
     for number in range(data.draw(st.integers(1, 12))):
@@ -189,16 +197,19 @@ def test_a_reader_who_looks_now_and_then_has_what_one_sees_who_looks_once(data: 
         if not segments or data.draw(st.booleans()):
             segments.append(segment(f"{number + 1}-0-x", data.draw(st.sampled_from([None, *points]))))
             reached[segments[-1].segment] = _start(segments[-1])
+            if _start(segments[-1]) and data.draw(st.booleans()):  # it does an evaluation that was cut short
+                redone.add(segments[-1].segment)
+                segments[-1] = segments[-1].model_copy(update={"redoes_evaluation": True})
         for writer in segments:
             reached[writer.segment] += data.draw(st.integers(0, 3))
         if data.draw(st.booleans()):
-            position, had = _look(route(segments, None, position), position, had, reached)
-            assert had == visible(history(segments), reached)
+            position, had = _look(route(segments, None, position), position, had, reached, redone)
+            assert had == visible(history(segments), reached, redone)
     last = data.draw(st.sampled_from(segments))
     step = data.draw(st.integers(_start(last), reached[last.segment] + 2))
     end = CheckpointRef(segment=last.segment, step=step)
-    _, had = _look(route(segments, end, position), position, had, reached)
-    assert had == visible(history(segments, end), reached)
+    _, had = _look(route(segments, end, position), position, had, reached, redone)
+    assert had == visible(history(segments, end), reached, redone)
 
 
 def _start(segment: SegmentDocument) -> int:
@@ -206,16 +217,16 @@ def _start(segment: SegmentDocument) -> int:
 
 
 def _look(
-    way: Route, position: Position | None, had: list[tuple[str, int]], reached: dict[str, int]
+    way: Route, position: Position | None, had: list[tuple[str, int]], reached: dict[str, int], redone: set[str]
 ) -> tuple[Position | None, list[tuple[str, int]]]:
-    """Read as a route says: one line for each step."""
+    """Read as a route says: one line for each step, and one more of its first where a segment has that."""
     if way.rewinds:
         floor = way.position.step if way.position else 0
         assert any(step > floor for _, step in had), "nothing to forget"
         had = [(name, step) for name, step in had if step <= floor]
     for number, span in enumerate(way.spans):
-        read = position.step if position and way.stays and not number else span.start
-        new = [step for step in range(read + 1, reached[span.segment] + 1) if span.contains(step)]
+        known = {step for name, step in had if name == span.segment} if way.stays and not number else set()
+        new = [step for step in lines_of(span, reached, redone) if step not in known]
         had = had + [(span.segment, step) for step in new]
-        position = Position(span.segment, max([read, *new]))
+        position = Position(span.segment, max([span.start, *known, *new]))
     return position, had

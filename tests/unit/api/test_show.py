@@ -10,9 +10,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from api import show
+from api import show, words
 from api.client import Update
-from api.jobs import Checkpoint, Event, Job, MemoryPlan, MetricPoint, PreparePlan, TrainPlan
+from api.jobs import Checkpoint, Event, Job, MemoryPlan, MetricPoint, PreparePlan, QueueEntry, TrainPlan
 from api.spec import TrainSpec, job_spec_adapter
 
 NOW = datetime(2026, 11, 23, 15, tzinfo=UTC)
@@ -109,6 +109,20 @@ def checkpoint() -> Checkpoint:
     )
 
 
+def entry(**fields: Any) -> QueueEntry:
+    usual: dict[str, Any] = {
+        "position": 1,
+        "job_id": ID,
+        "name": "tiny",
+        "priority": 0,
+        "state": "queued",
+        "needs": "2 to 8 × 4 CPU + 1 GPU",
+        "message": "needs at least 2 × 4 CPU + 1 GPU, 3 CPU + 0 GPU free; holds a reservation; 2 jobs ahead",
+        "since": NOW - timedelta(minutes=5),
+    }
+    return QueueEntry.model_validate(usual | fields)
+
+
 def printed(view: RenderableType, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
     console.print(view)
@@ -136,14 +150,14 @@ def final_line(updates: Iterable[Update], width: int = 80) -> str:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (2**20 - 1, "1.0 MiB"), (2**50, "1024 TiB")],
 )
 def test_sizes_are_in_binary_units(count: int, text: str) -> None:
-    assert show.size(count) == text
+    assert words.size(count) == text
 
 
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0"), (999, "999"), (1000, "1.0k"), (12345, "12.3k"), (999_999, "1.0M"), (3.2e12, "3.2T")]
 )
 def test_counts_are_shortened(count: float, text: str) -> None:
-    assert show.short(count) == text
+    assert words.short(count) == text
 
 
 @pytest.mark.parametrize(
@@ -151,17 +165,17 @@ def test_counts_are_shortened(count: float, text: str) -> None:
     [(-3, "0s"), (0.4, "0s"), (59.6, "1m 00s"), (185, "3m 05s"), (3600, "1h 00m"), (90_000, "1d 01h")],
 )
 def test_durations_have_their_two_largest_units(seconds: float, text: str) -> None:
-    assert show.duration(seconds) == text
+    assert words.duration(seconds) == text
 
 
 def test_figures_suit_their_kind_and_stand_bad_numbers() -> None:
-    written = [show.figure(key, value) for key, value in ALL_VALUES.items()]
+    written = [words.figure(key, value) for key, value in ALL_VALUES.items()]
     assert written == [
         "4.3210", "5.9e-04", "0.9877", "12.3k", "3.2000", "24.53", "3.2T", "34.5%", "0.001", "0", "1.5 GiB"
     ]  # fmt: skip
     for key in ALL_VALUES:
         for bad in (float("nan"), float("inf")):
-            assert re.search("nan|inf", show.figure(key, bad))
+            assert re.search("nan|inf", words.figure(key, bad))
 
 
 VIEWS: list[RenderableType] = [
@@ -183,6 +197,8 @@ VIEWS: list[RenderableType] = [
     show.metrics_table(points(), list(ALL_VALUES)),
     show.metrics_table([]),
     show.checkpoints_table([checkpoint()], NOW),
+    show.queue_table([entry(), entry(position=200, name="a" * 47, priority=-100, message="unbroken" * 20)], NOW),
+    show.queue_table([], NOW),
 ]
 
 
@@ -210,11 +226,31 @@ def test_the_job_table_has_a_column_of_labels_if_any_job_has_some() -> None:
     assert cut[2].startswith(f"{ID}  tiny  running   35%  4.3210  5m 00s  key-0=v")
 
 
+def test_the_queue_keeps_ids_whole_and_says_why_each_job_waits() -> None:
+    entries = [entry(), entry(position=2, job_id=ID[:-1] + "x", name="a" * 47, priority=-7, message="b " * 30)]
+    lines = printed(show.queue_table(entries, NOW)).splitlines()
+    assert lines[0].split() == ["#", "ID", "NAME", "PRIORITY", "WAITS", "WHY"]
+    assert lines[2].split()[:6] == ["1", ID, "tiny", "0", "5m", "00s"]
+    assert any(ID[:-1] + "x" in line and "-7" in line for line in lines)
+    text = " ".join(word for line in lines[2:] for word in line.split()[-4:])
+    for word in ("reservation;", "2", "jobs", "ahead"):
+        assert word in text
+    wide = printed(show.queue_table(entries, NOW), width=200)
+    assert entries[0].message in wide
+
+
+def test_the_plan_of_a_job_of_flexible_size_says_its_range() -> None:
+    made = train_plan()
+    fields = {"batch": {"micro_size": 2}, "resources": {"workers": {"min": 2, "max": 8}, "gpus": 1}}
+    spec = TrainSpec.model_validate({**made.spec.model_dump(exclude_unset=True), **fields})
+    assert "2 to 8 × 1 CPU, 1 GPU" in printed(show.plan(made.model_copy(update={"spec": spec})))
+
+
 def test_every_metric_asked_for_is_shown_in_full_at_eighty_columns() -> None:
     text = printed(show.metrics_table(points(), list(ALL_VALUES)))
     assert "…" not in text
     for key, value in ALL_VALUES.items():
-        assert show.figure(key, value) in text
+        assert words.figure(key, value) in text
 
 
 def test_metrics_show_the_usual_keys_that_are_there_and_gaps_as_nothing() -> None:
@@ -227,10 +263,10 @@ def test_metrics_show_the_usual_keys_that_are_there_and_gaps_as_nothing() -> Non
 def test_the_detail_says_state_reason_message_condition_and_times() -> None:
     condition = {"type": "ray_unreachable", "message": "Ray does not answer.", "since": NOW}
     text = printed(show.job_detail(job(state="failed", reason="out_of_memory", conditions=[condition]), NOW))
-    for words in ("failed (out of memory)", "Training on 2 workers.", "Ray does not answer.", "35%", "350/1,000"):
-        assert words in text
-    for words in ("words@job-v1", "team=lm", "ana in default", "5m 00s ago", ID):
-        assert words in text
+    for part in ("failed (out of memory)", "Training on 2 workers.", "Ray does not answer.", "35%", "350/1,000"):
+        assert part in text
+    for part in ("words@job-v1", "team=lm", "ana in default", "5m 00s ago", ID):
+        assert part in text
     assert "Ended" not in text
 
 
@@ -251,8 +287,8 @@ def test_a_result_shows_numbers_as_such_and_a_sample_as_it_was_written() -> None
 
 def test_the_plan_shows_memory_by_part_what_is_certain_and_what_is_expected() -> None:
     text = printed(show.plan(train_plan()))
-    for words in ("10,651,392", "1,000 of 8,192 tokens", "8,192,000 (2.31 epochs)", "2 × 1 CPU", "120 MiB"):
-        assert words in text
+    for part in ("10,651,392", "1,000 of 8,192 tokens", "8,192,000 (2.31 epochs)", "2 × 1 CPU", "120 MiB"):
+        assert part in text
     assert re.search(r"weights +40.0 MiB", text)
     assert re.search(r"at least +160 MiB", text)
     assert re.search(r"activations +500 MiB", text)
@@ -309,6 +345,7 @@ HOSTILE_RESULT = {HOSTILE: f"{HOSTILE}\n", f"{HOSTILE} again": 1}
             job(name=HOSTILE, message=HOSTILE, owner=HOSTILE, warnings=[HOSTILE], result=HOSTILE_RESULT), NOW
         ),
         show.metrics_table(points(1), [HOSTILE]),
+        show.queue_table([entry(name=HOSTILE, message=HOSTILE)], NOW),
         show.checkpoints_table([checkpoint().model_copy(update={"segment": HOSTILE})], NOW),
     ],
 )

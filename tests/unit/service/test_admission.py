@@ -1,13 +1,20 @@
-"""Does it fit? Node by node, never in the sum; and who is first in the line."""
+"""Does it fit? Node by node, never in the sum; on what is there and what may be added."""
+
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from service.admission import Node, bundles, place, why_never, why_not_now
-from tests.fakes import prepare_spec, train_spec
+from service.admission import Node, bundles, needs, place, why_never, with_addable
+from service.settings import NodeGroup
+from tests.fakes import prepare_spec, settings_for, train_spec
 
 GIB = 2.0**30
+FLEXIBLE = train_spec(
+    batch={"global_size": 8, "micro_size": 2}, resources={"workers": {"min": 2, "max": 4}, "cpus": 3, "gpus": 1}
+)
 
 
 def node(cpus: float, gpus: float = 0, memory: float = 16 * GIB) -> Node:
@@ -21,12 +28,33 @@ def test_a_job_reserves_for_each_worker_what_its_spec_says() -> None:
     assert bundles(prepare_spec(resources={"cpus": 4})) == [{"CPU": 4.0}]
 
 
+def test_a_job_of_flexible_size_reserves_for_its_fewest_workers_or_for_so_many() -> None:
+    each = {"CPU": 3.0, "GPU": 1.0}
+    assert bundles(FLEXIBLE) == [each] * 2
+    assert bundles(FLEXIBLE, 4) == [each] * 4
+    assert bundles(prepare_spec(), 4) == [{"CPU": 1.0}], "a preparation is one process"
+
+
+def test_what_a_job_needs_is_said_with_its_sizes() -> None:
+    assert needs(FLEXIBLE, (2, 4)) == "2 to 4 × 3 CPU + 1 GPU"
+    assert needs(FLEXIBLE, (4,)) == "4 × 3 CPU + 1 GPU"
+    assert needs(train_spec(resources={"memory": "2GiB"}), (1,)) == "1 × 1 CPU + 2.0 GiB memory"
+    assert needs(prepare_spec(resources={"cpus": 4}), (1,)) == "1 × 4 CPU"
+
+
 def test_workers_must_fit_node_by_node_and_not_in_the_sum() -> None:
     three = train_spec(batch={"global_size": 6}, resources={"workers": 3, "cpus": 2})
     assert why_never(three, [node(2), node(4)]) is None
     assert why_never(three, [node(3), node(3)]) == (
         "needs 3 × 2 CPU, but the whole cluster has 6 CPU + 0 GPU + 32.0 GiB memory"
     )
+
+
+def test_a_job_of_flexible_size_can_run_if_its_fewest_workers_fit() -> None:
+    assert why_never(FLEXIBLE, [node(6, gpus=2)]) is None
+    why = why_never(FLEXIBLE, [node(6, gpus=2)], 4)
+    assert why is not None
+    assert why.startswith("needs 4 × 3 CPU + 1 GPU, but the whole cluster has 6 CPU + 2 GPU")
 
 
 @pytest.mark.parametrize(
@@ -51,20 +79,39 @@ def test_an_empty_cluster_has_nothing() -> None:
     assert why_never(train_spec(), []) == "needs 1 × 1 CPU, but the whole cluster has nothing"
 
 
-def test_a_job_waits_behind_others_and_beside_active_ones() -> None:
-    spec = train_spec(resources={"cpus": 3})
-    assert why_not_now(spec, [], [node(4)], ahead=0) is None
-    assert why_not_now(spec, [], [node(4)], ahead=1) == "1 job ahead in the line"
-    assert why_not_now(spec, [], [node(4)], ahead=2) == "2 jobs ahead in the line"
-    why = why_not_now(spec, [train_spec(resources={"cpus": 2})], [node(4)], ahead=0)
-    assert why == "needs 1 × 3 CPU, 2 CPU + 0 GPU + 16.0 GiB memory free beside 1 active job"
-    why = why_not_now(spec, [train_spec()] * 2, [node(4)], ahead=0)
-    assert why == "needs 1 × 3 CPU, 2 CPU + 0 GPU + 16.0 GiB memory free beside 2 active jobs"
+SMALL, LARGE = NodeGroup(max=3, resources={"CPU": 4}), NodeGroup(max=1, resources={"CPU": 8, "GPU": 1})
 
 
-def test_a_cluster_that_shrank_below_its_active_jobs_has_nothing_free() -> None:
-    why = why_not_now(train_spec(), [train_spec(resources={"cpus": 8})], [node(4)], ahead=0)
-    assert why == "needs 1 × 1 CPU, nothing free beside 1 active job"
+@pytest.mark.parametrize(
+    ("there", "added"),
+    [
+        ([], [4, 4, 4, 8]),
+        ([node(4)], [4, 4, 8]),
+        ([node(5)], [4, 4, 8]),  # a machine may have a little more than what was promised of it
+        ([node(2)], [4, 4, 4, 8]),  # it is of none of the groups
+        ([node(4)] * 9, [8]),
+        ([node(8, gpus=1)], [4, 4]),  # of both: it has what either has
+    ],
+)
+def test_of_each_group_so_many_may_be_added_as_are_not_there_yet(there: list[Node], added: list[int]) -> None:
+    every = with_addable(there, [SMALL, LARGE])
+    assert every[: len(there)] == there
+    assert [one.total["CPU"] for one in every[len(there) :]] == added
+    assert len({one.id for one in every[len(there) :]}) == len(added)
+
+
+def test_without_groups_there_is_what_is_there() -> None:
+    assert with_addable([node(4)], []) == [node(4)]
+
+
+def test_what_may_be_added_is_json_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCKSTEP_ADDABLE_NODES", '[{"max": 4, "resources": {"CPU": 8, "GPU": 1}}]')
+    found = settings_for(Path("/nowhere")).addable_nodes
+    assert found == [NodeGroup(max=4, resources={"CPU": 8, "GPU": 1})]
+    for broken in ("[{}]", '[{"max": 0, "resources": {}}]', '[{"max": 1, "resources": {"TPU": 1}}]'):
+        monkeypatch.setenv("LOCKSTEP_ADDABLE_NODES", broken)
+        with pytest.raises(ValidationError):
+            settings_for(Path("/nowhere"))
 
 
 @given(st.lists(st.integers(0, 8), max_size=4), st.lists(st.integers(1, 8), max_size=6))

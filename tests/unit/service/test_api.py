@@ -3,9 +3,8 @@
 import asyncio
 import base64
 import json
-import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +16,11 @@ from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
-from api.layout import DatasetLayout
 from api.sse import Parser
-from service import app as app_module
-from service.auth import create_key
 from service.live import Feed
 from service.sse import Streams
-from service.store import Store
-from tests.fakes import ACCEPTED, T0, FakeRay, MemoryBucket, dataset, job_id, new_store, row, settings_for
-
-KEY = "lk_test"
-AUTH = {"Authorization": f"Bearer {KEY}"}
-BODY: dict[str, Any] = {"name": "first", "data": {"dataset": "words"}, "model": {"size": "1m"}, "steps": 10}
-
-
-class Service:
-    """The application on a bucket and a Ray in memory; no lifespan, so no reconciler runs."""
-
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.bucket, self.ray = MemoryBucket(), FakeRay()
-        patch.setattr(app_module, "Bucket", lambda *_: self.bucket)
-        patch.setattr(app_module, "RayBackend", lambda *_: self.ray.backend())
-        new_store(folder)._engine.dispose()
-        self.app: FastAPI = app_module.create_app(settings_for(folder))
-        self.store: Store = self.app.state.store
-        create_key(self.store, "test", KEY)
-        self.bucket.put_document(DatasetLayout("default", "words", "v1").document, dataset())
-        self.client = TestClient(self.app, headers=AUTH, raise_server_exceptions=False)
-
-    def post(self, body: Any, key: str | None = None, query: str = "") -> httpx2.Response:
-        headers = {"Idempotency-Key": key} if key else {}
-        return self.client.post(f"/v1/jobs{query}", json=body, headers=headers)
-
-    def ended(self, number: int = 1) -> str:
-        self.store.insert(row(number, state="failed"), ACCEPTED, None)
-        return job_id(number)
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    made = Service(tmp_path, monkeypatch)
-    yield made
-    made.store._engine.dispose()
-
-
-def problem(response: httpx2.Response, status: int, name: str) -> dict[str, Any]:
-    """Check that an answer is a problem in our shape, in one sentence, and return it."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    body: dict[str, Any] = response.json()
-    assert set(body) == {"type", "title", "status", "detail", "request_id", "errors"}
-    assert (body["type"], body["status"]) == (f"urn:lockstep:problem:{name}", status)
-    assert re.fullmatch(r"[0-9a-f]{16}", body["request_id"])
-    assert response.headers.get_list("x-request-id") == [body["request_id"]]
-    for sentence in (body["detail"], *(fault["message"] for fault in body["errors"])):
-        assert 10 < len(sentence) < 400
-        assert "\n" not in sentence
-        assert not re.search(r"Traceback|pydantic|\.py\b|function-|Error\(", sentence)
-    return body
+from tests.fakes import ACCEPTED, T0, job_id, row
+from tests.unit.service.in_process import AUTH, BODY, KEY, Service, problem
 
 
 def routes(app: FastAPI) -> list[tuple[str, str]]:
@@ -84,7 +30,7 @@ def routes(app: FastAPI) -> list[tuple[str, str]]:
         for path, methods in app.openapi()["paths"].items()
         for method in methods
     ]
-    assert len(found) >= 12
+    assert len(found) >= 16
     return found
 
 
@@ -271,7 +217,8 @@ def test_an_unknown_path_or_method_is_a_problem_too(service: Service) -> None:
     problem(service.client.put("/v1/jobs"), 405, "method-not-allowed")
 
 
-@pytest.mark.parametrize(("method", "rest"), [("GET", ""), ("POST", "/cancel"), ("DELETE", ""), ("GET", "/events"),
+@pytest.mark.parametrize(("method", "rest"), [("GET", ""), ("POST", "/cancel"), ("POST", "/pause"), ("POST", "/resume"),
+    ("POST", "/retry"), ("DELETE", ""), ("GET", "/events"),
     ("GET", "/metrics"), ("GET", "/checkpoints"), ("GET", "/logs"), ("DELETE", "/checkpoints/5")])  # fmt: skip
 def test_a_job_that_is_not_there_or_not_yours_is_not_found(service: Service, method: str, rest: str) -> None:
     service.store.insert(row(2, project="another", state="failed"), ACCEPTED, None)

@@ -7,9 +7,8 @@ import pytest
 
 from service.plan import plan_train
 from tests.fakes import MemoryBucket, dataset, train_spec
-from tests.unit.service.test_api import BODY, Service, problem, service
+from tests.unit.service.in_process import BODY, Service, problem
 
-__all__ = ["service"]  # the fixture
 FOLDER = "default/datasets/web/"
 
 

@@ -29,12 +29,13 @@ from service import export
 from service.architectures import export_config, export_tensors, model_tensors
 from service.download import Download
 from service.export import File, find_checkpoint, held, open_file
-from service.store import JobRow, Store
+from service.rows import JobRow
+from service.store import Store
+from tests.checkpoints import write_checkpoint
 from tests.fakes import ACCEPTED, T0, MemoryBucket, dataset, job_id, new_store, row, train_spec
-from workers.checkpoint import CheckpointWriter, State, state_of
 from workers.model import Transformer
 from workers.optim import make_optimizer
-from workers.session import Session
+from workers.snapshot import state_of
 from workers.tokens import train_tokenizer
 
 TEXTS = ["def f(x):\n    return x  # Grüße, 世界\n" * 4, "class A:\n\tpass\n"]
@@ -83,8 +84,7 @@ class Checkpointed:
         )
         self.bucket.put_document(LAYOUT.segment(SEGMENT).document, document)
         state = {**state_of(self.model, self._optimizer()), "loop.loss_sum": torch.zeros(1, dtype=torch.float64)}
-        for rank in reversed(range(world_size)):  # rank 0 waits for the others' receipts
-            write(self.bucket, state, Session(1, 0, rank, world_size))
+        write_checkpoint(self.bucket, LAYOUT, AT, state, world_size)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = make_optimizer(self.model, self.spec.optimizer)
@@ -138,15 +138,6 @@ def filled(model: Transformer) -> Transformer:
             noise = torch.randn(parameter.shape, generator=generator) * 0.3
             parameter.copy_(noise + 1 if parameter.dim() == 1 else noise)
     return model
-
-
-def write(bucket: MemoryBucket, state: State, session: Session) -> None:
-    writer = CheckpointWriter(
-        bucket, LAYOUT, SEGMENT, session, before_manifest=lambda: None, on_commit=lambda manifest: None
-    )
-    writer.save(STEP, state, {"eval_loss": 1.0})
-    writer.wait()
-    writer.close()
 
 
 @pytest.fixture(autouse=True)

@@ -32,10 +32,12 @@ from api.layout import CheckpointLayout, DatasetLayout, JobLayout, chunk
 from service.app import make_api
 from service.architectures import model_tensors
 from service.auth import create_key
+from service.database import make_engine
 from service.jobs import Jobs
+from service.rows import NewEvent
 from service.run_reader import read_logs
 from service.sse import Streams
-from service.store import NewEvent, Store, make_engine
+from service.store import Store
 from service.tables import api_keys, metadata
 from tests.fakes import (
     ACCEPTED,
@@ -54,8 +56,8 @@ from tests.fakes import (
 KEY = "lk_test"
 AUTH = {"Authorization": f"Bearer {KEY}"}
 LABELS = {"team": "lm", "example.com/run.of-many": "7"}
-STATES = {1: "succeeded", 2: "failed", 3: "cancelled", 4: "queued", 5: "running"}
-ENDED, UNKNOWN = (1, 2, 3), 6
+STATES = {1: "succeeded", 2: "failed", 3: "cancelled", 4: "queued", 5: "running", 6: "paused"}
+ENDED, UNKNOWN = (1, 2, 3), 7
 MOST_BYTES = 262_144
 
 
@@ -79,7 +81,9 @@ class World:
                     connection.execute(table.delete())
         for number, state in STATES.items():
             end = {"segment": SEGMENT, "step": 10} if number == 1 else None
-            job = row(number, SMALL, state=state, labels=LABELS if number % 2 else {}, history_end=end)
+            pause = int(state == "paused")
+            labels = LABELS if number % 2 else {}
+            job = row(number, SMALL, state=state, labels=labels, history_end=end, pause_requested=pause)
             self.store.insert(job, ACCEPTED, None)
         first = self.store.get(job_id(1), "default")
         assert first is not None
@@ -122,8 +126,15 @@ def put_checkpoint(bucket: MemoryBucket, layout: CheckpointLayout, step: int) ->
 
 
 JOB, SEGMENT = JobLayout("default", job_id(1)), "1-0-a"
-SMALL = train_spec(model={"layers": 1, "width": 8, "heads": 1})
+SMALL_MODEL = {"layers": 1, "width": 8, "heads": 1}
+SMALL = train_spec(model=SMALL_MODEL)
 TRAINED = trained()
+SPECS: list[dict[str, Any]] = [json.loads(train_spec().model_dump_json()), json.loads(prepare_spec().model_dump_json())]
+SPECS += [{"name": "first", "data": {"dataset": "words"}, "model": {"size": "1m"}}]
+SPECS += [json.loads(train_spec(model=SMALL_MODEL, steps=20, init={"from_job": job_id(1)}).model_dump_json())]
+SPECS += [
+    json.loads(train_spec(batch={"micro_size": 2}, resources={"workers": {"min": 1, "max": 4}}).model_dump_json())
+]
 LOG_CURSOR = str(read_logs(TRAINED, JOB, None, None)[1])
 
 
@@ -143,7 +154,9 @@ def known(document: dict[str, Any]) -> dict[str, Any]:
             if parameter["name"] == "cursor":
                 given = LOG_CURSOR if "LogLine" in str(operation["responses"]) else ids[2]
                 parameter["schema"] = {"anyOf": [{"enum": [given]}, parameter["schema"]]}
-    document["components"]["schemas"]["DataSpec"]["properties"]["dataset"] |= {"enum": ["words", "words@v1", "none"]}
+    schemas = document["components"]["schemas"]
+    schemas["DataSpec"]["properties"]["dataset"] |= {"enum": ["words", "words@v1", "none"]}
+    schemas["InitSpec"]["properties"]["from_job"] |= {"enum": ids}
     return document
 
 
@@ -202,6 +215,19 @@ def test_the_job_that_the_fuzzer_knows_best_answers_with_something(world: World,
     assert answer.json().get("items", True)
 
 
+@pytest.mark.parametrize("spec", range(len(SPECS)))
+def test_each_spec_that_the_fuzzer_breaks_is_whole(world: World, spec: int) -> None:
+    answer = client().post("/v1/jobs?dry_run=true", json=SPECS[spec], headers=AUTH)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(("number", "what"), [(2, "retry"), (5, "pause"), (5, "cancel"), (6, "resume")])
+def test_the_fuzzer_knows_a_job_of_which_each_thing_can_be_asked(world: World, number: int, what: str) -> None:
+    answer = client().post(f"/v1/jobs/{job_id(number)}/{what}", headers=AUTH)
+    assert answer.status_code in (201, 202), answer.text
+    world.reset()
+
+
 @pytest.mark.parametrize("name", get_args(ModelFile))
 def test_the_fuzzer_knows_a_checkpoint_that_can_be_downloaded(world: World, name: str) -> None:
     answer = client().get(f"/v1/jobs/{job_id(1)}/checkpoints/10/files/{name}", headers=AUTH)
@@ -240,8 +266,6 @@ def test_without_a_key_the_answer_is_401_whatever_else_is_wrong(
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
-SPECS: list[dict[str, Any]] = [json.loads(train_spec().model_dump_json()), json.loads(prepare_spec().model_dump_json())]
-SPECS += [{"name": "first", "data": {"dataset": "words"}, "model": {"size": "1m"}}]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["train", "1m"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

@@ -18,9 +18,9 @@ from api.jobs import Event, LogLine, MetricPoint, Rewind, StreamEnd, StreamError
 from api.sse import Message as Received
 from api.sse import Parser
 from service.live import EventFeed, Feed, LogFeed, Message, MetricFeed
+from service.rows import JobRow, NewEvent
 from service.run_reader import LogReader, read_logs, read_metrics
 from service.sse import Streams, wants_stream
-from service.store import JobRow, NewEvent
 from tests.fakes import ACCEPTED, MemoryBucket, job_id, new_store, row
 from tests.unit.service.test_run_reader import LAYOUT, Writer
 

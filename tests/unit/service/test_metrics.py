@@ -108,6 +108,9 @@ def test_the_age_of_the_queue_is_that_of_its_oldest_job(service: Service) -> Non
         created = now() - timedelta(minutes=minutes)
         service.store.insert(row(number, state=state, created_at=created), ACCEPTED, None)
     assert 600 <= service.figure("lockstep_queue_oldest_seconds") < 660
+    resumed = now() - timedelta(minutes=1)
+    service.store.insert(row(4, created_at=now() - timedelta(days=1), queued_at=resumed), ACCEPTED, None)
+    assert 600 <= service.figure("lockstep_queue_oldest_seconds") < 660, "who was resumed is at the end of the line"
 
 
 def test_a_request_is_counted_by_the_template_of_its_route_with_its_time(service: Service) -> None:

@@ -14,8 +14,10 @@ from sqlalchemy.dialects import postgresql
 from api.documents import now
 from api.jobs import ENDED, JobState
 from service.auth import Principal
+from service.database import make_engine
 from service.jobs import Jobs
-from service.store import JobFilter, JobRow, NewEvent, Store, _conditions, make_engine
+from service.rows import JobFilter, JobRow, NewEvent
+from service.store import Store, _conditions
 from service.tables import metadata
 from tests.fakes import ACCEPTED, FakeRay, MemoryBucket, job_id, row, settings_for, train_spec
 

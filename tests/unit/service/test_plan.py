@@ -12,9 +12,9 @@ from api.errors import Fault, InvalidSpec
 from api.jobs import MemoryPlan, Plan, TrainPlan
 from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
 from service.admission import Node
-from service.memory import block_bytes_per_token, memory_plan
+from service.memory import CHECKPOINT_PIECE, block_bytes_per_token, memory_plan
 from service.plan import plan_prepare, plan_train
-from tests.fakes import dataset, prepare_spec, train_spec
+from tests.fakes import dataset, job_id, prepare_spec, train_spec
 
 GIB = 2.0**30
 CLUSTER = [Node("a", {"CPU": 8, "memory": 16 * GIB}), Node("b", {"CPU": 4, "memory": 32 * GIB})]
@@ -52,8 +52,9 @@ def test_memory_counts_four_numbers_for_each_parameter_and_the_snapshot() -> Non
     weights = 4 * made.parameters
     planned = made.memory_per_worker
     assert (planned.weights, planned.gradients, planned.optimizer) == (weights, weights, 2 * weights)
-    assert (planned.snapshot, planned.certain, made.checkpoint_size) == (9 * weights // 4, 4 * weights, 3 * weights)
-    assert memory().snapshot == 9 * weights
+    assert (planned.certain, made.checkpoint_size) == (4 * weights, 3 * weights)
+    assert planned.snapshot == 3 * weights // 4 + CHECKPOINT_PIECE
+    assert memory().snapshot == 3 * weights + CHECKPOINT_PIECE
     names = ("ddp_buckets", "partial_sums", "activations", "data", "snapshot")
     assert planned.total == planned.certain + sum(getattr(planned, name) for name in names)
 
@@ -186,6 +187,25 @@ def test_workers_on_one_node_share_its_memory() -> None:
     assert refusal(node, model={"size": "10m"}, resources={"workers": 8})[0].path == "$.model"
 
 
+def test_a_job_of_flexible_size_is_planned_for_each_of_its_sizes() -> None:
+    """What a worker takes is that of the hungriest size; it is refused only if no size can do."""
+    batch = {"global_size": 32, "micro_size": 8}
+    sizes = [memory(batch=batch, resources={"workers": workers}) for workers in (1, 2, 4)]
+    made = plan(batch=batch, resources={"workers": {"min": 1, "max": 4}})
+    assert made.memory_per_worker == max(sizes, key=lambda one: one.total)
+    node = [Node("a", {"CPU": 8, "memory": 0.5 * GIB})]
+    [warning] = plan(node, model={"size": "10m"}, batch=batch, resources={"workers": {"min": 1, "max": 4}}).warnings
+    assert "may run out of memory" in warning
+    assert refusal(node, model={"size": "10m"}, batch=batch, resources={"workers": {"min": 4, "max": 4}})
+
+
+def test_a_job_of_flexible_size_must_have_room_for_its_fewest_workers() -> None:
+    batch = {"global_size": 64, "micro_size": 1}
+    assert plan(batch=batch, resources={"workers": {"min": 8, "max": 64}}).steps == 10
+    [fault] = refusal(batch=batch, resources={"workers": {"min": 16, "max": 64}})
+    assert fault.message.startswith("needs 16 × 1 CPU, but the whole cluster has 12 CPU")
+
+
 def test_a_cluster_that_does_not_answer_is_a_warning() -> None:
     [warning] = plan(None, evaluate={"sequences": 5}).warnings
     assert warning.startswith("Ray does not answer")
@@ -215,7 +235,8 @@ def leaves(model: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[str, 
 
 
 OTHER: dict[str, Any] = {
-    "name": "other", "labels": {"a": "b"}, "retries": 1, "deadline": 9, "seed": 5, "kind": "serve", "task": "pairs",
+    "name": "other", "labels": {"a": "b"}, "priority": 7, "retries": 1, "deadline": 9, "seed": 5, "kind": "serve",
+    "task": "pairs",
     "data.dataset": "words@v1", "data.sequence_length": 128, "model.family": "encoder", "model.size": "3m",
     "model.layers": 3, "model.width": 64, "model.heads": 2, "model.kv_heads": 2, "model.vocab_size": 4096,
     "model.positions": "learned", "model.norm": "layer", "model.activation": "gelu", "model.ffn_width": 100,
@@ -224,7 +245,8 @@ OTHER: dict[str, Any] = {
     "optimizer.weight_decay": 0.2, "schedule.type": "constant", "schedule.warmup_steps": 3, "schedule.floor": 0.5,
     "schedule.decay_fraction": 0.5,
     "batch.global_size": 64, "batch.micro_size": 4, "steps": 20, "epochs": 3.0, "clip.type": "value",
-    "clip.threshold": 2.0, "precision": "bf16", "compile": True, "log_every": 3, "evaluate.every": 7,
+    "clip.threshold": 2.0, "on_non_finite": "skip", "non_finite_limit": 9, "init": {"from_job": job_id(1)},
+    "precision": "bf16", "compile": True, "log_every": 3, "evaluate.every": 7,
     "evaluate.sequences": 3, "checkpoint.every": 9, "checkpoint.keep_last": 3, "checkpoint.keep_best": 2,
     "sample.prompt": "Once", "sample.tokens": 9, "sample.temperature": 0.5, "resources.workers": 2,
     "resources.cpus": 2, "resources.gpus": 1, "resources.memory": 2**30, "determinism": "elastic",

@@ -20,8 +20,9 @@ from api.jobs import JobState, Reason
 from api.layout import chunk
 from service import observer
 from service import reconciler as reconciler_module
+from service.lifecycle import Turn
 from service.observer import observe_cluster
-from service.store import JobRow
+from service.rows import JobRow
 from tests.fakes import T0, Crash, World, job_id, row, train_spec
 
 
@@ -113,22 +114,55 @@ def test_a_ray_that_comes_back_empty_gets_another_attempt(world: World) -> None:
     assert world.wish(2) == "run"
 
 
-def test_a_dead_driver_is_tried_again_until_the_retries_are_used_up(world: World) -> None:
+def test_a_faulty_job_is_tried_again_until_the_retries_are_used_up(world: World) -> None:
     segment = world.running(retries=1)
-    world.ray.jobs[world.submission()] = "FAILED"
+    world.die(Reason.WORKER_ERROR)
     world.passes()
     assert (world.job().state, world.job().faults) == ("recovering", 1)
     world.passes(4)
     assert (world.job().state, world.job().attempt) == ("starting", 2)
     segment = world.began(origin=CheckpointRef(segment=segment, step=5))
     world.passes()
-    world.ray.jobs[world.submission()] = "FAILED"
+    world.die(Reason.WORKER_ERROR)
     world.passes()
     job = world.job()
-    assert (job.state, job.reason, job.attempt) == ("failed", "worker_lost", 2)
-    assert job.message == "the driver or its workers died, 2 times: Ray reports failed: as Ray says"
+    assert (job.state, job.reason, job.attempt) == ("failed", "worker_error", 2)
+    assert job.message == "a worker failed by itself; its log says where, 2 times: rank 0: so it was"
     assert job.history_end is not None
     assert job.history_end["segment"] == segment
+
+
+def test_a_job_whose_workers_die_of_nothing_of_its_own_is_tried_again_for_ever(world: World) -> None:
+    world.running(retries=0)
+    for attempt in range(1, 12):
+        assert world.job().attempt == attempt
+        world.die(Reason.STORAGE_UNAVAILABLE if attempt % 2 else None)
+        world.passes()
+        assert (world.job().state, world.job().faults) == ("recovering", 0)
+        world.passes(1, seconds=60)
+        world.begin()
+
+
+def test_attempts_that_are_lost_in_a_row_are_begun_ever_later(world: World) -> None:
+    world.running()
+    waits = []
+    for _ in range(7):
+        world.die()
+        world.passes()
+        not_before = world.job().not_before
+        assert not_before is not None
+        waits.append((not_before - world.now).total_seconds())
+        world.passes(int(waits[-1]))
+        assert world.job().state == "recovering", "not before its time"
+        world.passes()
+        assert (world.job().state, world.job().not_before) == ("starting", None)
+        world.begin()
+    assert all(longest / 2 <= wait <= longest for wait, longest in zip(waits, (2, 4, 8, 16, 32, 60, 60), strict=True))
+    assert world.job().setbacks == 7
+    world.passes(1, seconds=60)
+    world.die()
+    world.passes()
+    assert world.job().setbacks == 1, "it ran for long"
 
 
 def test_a_job_that_died_keeps_its_newest_checkpoint_in_the_history(world: World) -> None:
@@ -137,7 +171,7 @@ def test_a_job_that_died_keeps_its_newest_checkpoint_in_the_history(world: World
     world.stream(segment, [StreamLine(type="metrics", step=20, at=T0, values={"loss": 1.0})])
     manifest = Manifest(job_id=job_id(1), segment=segment, step=25, world_size=1, parts=[], metrics={}, created_at=T0)
     world.bucket.put_document(world.layout().segment(segment).checkpoint(25).manifest, manifest)
-    world.ray.jobs[world.submission()] = "FAILED"
+    world.die(Reason.OUT_OF_MEMORY)
     world.passes()
     assert world.job().history_end == CheckpointRef(segment=segment, step=25).model_dump()
 
@@ -218,14 +252,14 @@ def test_jobs_are_admitted_in_the_order_in_which_they_came(world: World) -> None
     for number, cpus in ((1, 3), (2, 2), (3, 1)):
         world.add(number, resources={"cpus": cpus})
     world.passes(2)
-    assert [world.job(n).state for n in (1, 2, 3)] == ["starting", "queued", "queued"]
-    assert [c["message"] for n in (2, 3) for c in world.job(n).conditions] == [
-        "needs 1 × 2 CPU, 1 CPU free beside 1 active job", "1 job ahead in the line"]  # fmt: skip
+    assert [world.job(n).state for n in (1, 2, 3)] == ["starting", "queued", "starting"], "the small one passes"
+    assert [condition["message"] for condition in world.job(2).conditions] == ["needs 1 × 2 CPU, 0 CPU free"]
     world.ray.jobs[world.submission(1)] = "SUCCEEDED"
     world.result(world.began(1), "succeeded", Reason.COMPLETED)
     world.ray.jobs[world.submission(1)] = "SUCCEEDED"
     world.passes(2)
     assert [world.job(n).state for n in (1, 2, 3)] == ["succeeded", "starting", "starting"]
+    assert [world.job(n).workers for n in (2, 3)] == [1, 1]
 
 
 def since(world: World) -> tuple[str, datetime, str]:
@@ -263,11 +297,11 @@ def test_a_condition_whose_words_change_keeps_its_beginning(world: World) -> Non
         world.add(number)
     world.passes()
     [first] = world.job(3).conditions
-    assert first["message"] == "1 job ahead in the line"
+    assert first["message"] == "needs 1 × 1 CPU, 0 CPU free; 1 job ahead"
     world.store.request_cancel(job_id(2))
     world.passes(2)
     [second] = world.job(3).conditions
-    assert second["message"] == "needs 1 × 1 CPU, 0 CPU free beside 1 active job"
+    assert second["message"] == "needs 1 × 1 CPU, 0 CPU free"
     assert second["since"] == first["since"]
     assert [kind for kind, _ in world.events(3)] == ["state", "condition"]
 
@@ -277,7 +311,7 @@ def test_a_decision_on_a_row_that_has_changed_is_dropped(world: World) -> None:
     cluster = observe_cluster(world.ray.backend())
     stale = world.job()
     world.store.request_cancel(job_id(1))
-    world.reconciler.reconcile(stale, cluster, reconciler_module.Line([stale]))
+    world.reconciler.reconcile(stale, cluster, Turn(workers=1))
     assert (world.job().state, world.job().attempt) == ("queued", 0)
     assert world.ray.posts == []
     world.passes()

@@ -15,7 +15,7 @@ from api.spec import TrainSpec
 from service.auth import Principal
 from service.jobs import Jobs
 from service.retention import Folder, Retention
-from service.store import JobRow
+from service.rows import JobRow
 from tests.checkpoints import JOB, folder, ref, segment
 from tests.fakes import (
     ACCEPTED,

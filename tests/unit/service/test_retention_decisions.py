@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from api.documents import CheckpointRef, SegmentDocument
 from api.jobs import JobState
 from service.retention import Decision, Folder, Look, Policy, decide
-from service.store import Mark
+from service.rows import Mark
 from tests.checkpoints import GRACE, folder, ref, refs, segment
 from tests.fakes import (
     T0,

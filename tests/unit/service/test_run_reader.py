@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.documents import CheckpointRef, ControlDocument, Manifest, Receipt, ResultDocument, SegmentDocument, StreamLine
+from api.documents import (
+    CheckpointRef,
+    ControlDocument,
+    HeartbeatDocument,
+    Manifest,
+    Receipt,
+    ResultDocument,
+    SegmentDocument,
+    StreamLine,
+)
 from api.errors import InvalidSpec
 from api.jobs import LogLine, MetricPoint, Reason
 from api.layout import JobLayout, chunk
@@ -275,12 +284,25 @@ def test_an_attempt_is_its_newest_segment_that_began() -> None:
     Writer(bucket, "1-10-b")
     Writer(bucket, "2-0-c").result(9)
     bucket.put(LAYOUT.segment("1-11-d").stream + "000000.jsonl", b"")
-    bucket.put_document(LAYOUT.control(1), ControlDocument(wish="cancel"))
+    cancel = ControlDocument(wish="cancel", keep_checkpoint=True)
+    bucket.put_document(LAYOUT.control(1), cancel)
     traces = read_attempt(bucket, LAYOUT, 1)
-    assert (traces.segment, traces.control, traces.result) == ("1-10-b", "cancel", None)
+    assert (traces.segment, traces.control, traces.result, traces.heartbeat) == ("1-10-b", cancel, None, None)
     second = read_attempt(bucket, LAYOUT, 2)
     assert second.result is not None
     assert (second.segment, second.control, second.result.step) == ("2-0-c", None, 9)
+
+
+def test_a_heartbeat_is_that_of_the_newest_segment_until_it_has_a_result() -> None:
+    bucket = MemoryBucket()
+    old, new = Writer(bucket, "1-0-a"), Writer(bucket, "1-1-b")
+    beat = HeartbeatDocument(count=7, phase="step", step=3, limit=60)
+    bucket.put_document(old.layout.heartbeat, beat)
+    assert read_attempt(bucket, LAYOUT, 1).heartbeat is None
+    bucket.put_document(new.layout.heartbeat, beat)
+    assert read_attempt(bucket, LAYOUT, 1).heartbeat == beat
+    new.result(5)
+    assert read_attempt(bucket, LAYOUT, 1).heartbeat is None
 
 
 def test_folders_that_are_no_segments_are_passed_over() -> None:

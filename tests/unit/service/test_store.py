@@ -2,21 +2,21 @@
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from api.jobs import ENDED, JobState
 from service.auth import authenticate, create_key
-from service.store import IdempotencyRecord, JobFilter, NewEvent, Store, make_engine, migrate
+from service.database import make_engine, migrate
+from service.rows import IdempotencyRecord, JobFilter, NewEvent
+from service.store import Store
 from service.tables import metadata
 from tests.fakes import ACCEPTED, T0, job_id, new_store, row
 
@@ -223,18 +223,6 @@ def test_a_page_holds_only_what_was_asked_for(store: Store) -> None:
     assert [job.id for job in store.page("another", JobFilter(), limit=9)] == [job_id(3)]
 
 
-def test_the_tables_agree_with_the_migrations(store: Store) -> None:
-    with store._engine.begin() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-
-
-def test_migrating_twice_changes_nothing(store: Store, tmp_path: Path) -> None:
-    store.insert(row(1), ACCEPTED, None)
-    before = store.live()
-    migrate(f"sqlite:///{tmp_path / 'lockstep.db'}")
-    assert store.live() == before
-
-
 @pytest.mark.parametrize("zone", [UTC, timezone(timedelta(hours=5, minutes=30)), timezone(timedelta(hours=-9))])
 def test_times_come_back_as_the_same_instant_in_utc(store: Store, zone: timezone) -> None:
     at = datetime(2026, 3, 29, 2, 30, 0, 123456, tzinfo=zone)
@@ -261,17 +249,22 @@ def test_a_key_is_stored_as_a_hash_alone(tmp_path: Path, store: Store) -> None:
     assert store.find_key("0" * 64) is None
 
 
-def test_the_rows_of_an_older_schema_stay_as_they_are(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'old.db'}"
-    migrate(url, "0001")
-    engine = make_engine(url)
-    old = dataclasses.asdict(row(1, labels={"a": "b"}, state="running", retention=None))
-    del old["retention"]
-    with engine.begin() as connection:
-        connection.execute(sa.insert(metadata.tables["jobs"]).values(**old))
-    migrate(url)
-    store = Store(engine)
-    assert store.live() == [row(1, labels={"a": "b"}, state="running", retention=None)]
-    assert store.retained() == []
-    assert store.apply(store.live()[0], {"message": "and on"}, [NewEvent("note", "it goes")]) is not None
-    engine.dispose()
+def test_whatever_users_ask_makes_a_decision_of_before_stale(store: Store) -> None:
+    store.insert(row(1, state="running"), ACCEPTED, None)
+    asks: list[Callable[[], bool]] = [
+        lambda: store.request_pause(job_id(1)),
+        lambda: store.request_resume(job_id(1), 2, T0),
+        lambda: store.request_cancel(job_id(1), keep_checkpoint=True),
+    ]
+    for ask in asks:
+        [stale] = store.live()
+        assert ask()
+        assert store.apply(stale, {"state": "failed"}, [NewEvent("state", "no")]) is None
+    [job] = store.live()
+    assert (job.state, job.pause_requested, job.workers_wanted, job.cancel_requested) == ("running", 0, 2, 1)
+    assert (job.keep_checkpoint, job.queued_at) == (1, T0)
+    kinds = [event.type for event in store.events(job_id(1), after=1, limit=9)]
+    assert kinds == ["pause", "resume", "cancel"]
+    assert not store.request_pause(job_id(1))
+    assert not store.request_resume(job_id(1), None, T0)
+    assert store.live() == [job]

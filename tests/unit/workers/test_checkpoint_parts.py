@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from api.errors import InvalidData
 from api.spec import ModelSpec, OptimizerSpec
-from workers.checkpoint import State, load_state, part_of, state_of
 from workers.model import Transformer
 from workers.optim import make_optimizer
+from workers.snapshot import State, load_state, part_of, state_of
 
 sizes = st.dictionaries(st.text(max_size=10), st.integers(0, 10**12), max_size=60)
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.train import dropout_seed
+from workers.seeds import dropout_seed
 
 places = st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 10**9), st.integers(0, 2**24))
 

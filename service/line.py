@@ -1,0 +1,87 @@
+"""The line of jobs in one pass: from rows and nodes to what the schedule says of each job (service/schedule.py)."""
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+
+from api.jobs import JobState, QueueEntry
+from api.spec import PrepareSpec, TrainSpec
+from service.admission import Node, bundles, needs, with_addable
+from service.lifecycle import Turn
+from service.rows import JobRow
+from service.schedule import Claim, Schedule, SchedulePolicy, schedule
+from service.settings import Settings
+
+logger = logging.getLogger("lockstep.service")
+
+WAITING = (JobState.QUEUED, JobState.RECOVERING)
+_HOLD = (JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)
+
+
+def take_turns(live: Sequence[JobRow], nodes: Sequence[Node], settings: Settings, now: datetime) -> dict[str, Turn]:
+    """Return each job's turn in this pass, by id."""
+    policy = SchedulePolicy(reservation_age=settings.reservation_age, resize_interval=settings.resize_interval)
+    claims = [found for job in live if (found := claim(job)) is not None]
+    plan = schedule(claims, with_addable(nodes, settings.addable_nodes), now, policy)
+    return {found.job_id: _turn(found.job_id, plan) for found in claims}
+
+
+def claim(job: JobRow) -> Claim | None:
+    """Return what a job has or wants of the cluster; None if it is nothing now, or its spec cannot be read."""
+    state = JobState(job.state)
+    if state not in WAITING + _HOLD or (state in WAITING and (job.pause_requested or job.cancel_requested)):
+        return None
+    try:
+        spec = job.parsed_spec
+    except ValueError as error:  # one job that this version cannot read must not stop the others
+        logger.error("job %s: its spec cannot be read: %s", job.id, error)
+        return None
+    waits = state in WAITING
+    return Claim(
+        job_id=job.id,
+        priority=spec.priority,
+        queued_at=job.queued_at or job.created_at,
+        sizes=sizes(spec, job.workers_wanted),
+        bundle=bundles(spec)[0],
+        preemptible=isinstance(spec, TrainSpec),
+        held=0 if waits else job.workers or sizes(spec, None)[0],
+        began_at=None if waits else job.attempt_at or job.state_since,
+        leaving=state in (JobState.PAUSING, JobState.CANCELLING),
+        recovering_since=job.state_since if state is JobState.RECOVERING else None,
+    )
+
+
+def sizes(spec: TrainSpec | PrepareSpec, wanted: int | None) -> tuple[int, ...]:
+    """Return the numbers of processes that a job can run with, ascending; one if a user has named one."""
+    if isinstance(spec, PrepareSpec):
+        return (1,)
+    return (wanted,) if wanted is not None else tuple(spec.sizes)
+
+
+def _turn(job_id: str, plan: Schedule) -> Turn:
+    waiting = plan.waits.get(job_id)
+    return Turn(
+        workers=plan.starts.get(job_id, plan.resizes.get(job_id)),
+        make_way_for=plan.preempts.get(job_id),
+        wait=waiting.message if waiting is not None else "",
+    )
+
+
+def line_order(job: JobRow) -> tuple[int, bool, datetime, str]:
+    """Return what the waiting are ordered by, as the schedule orders them."""
+    recovering = job.state == JobState.RECOVERING
+    return -job.parsed_spec.priority, not recovering, job.queued_at or job.created_at, job.id
+
+
+def queue_entry(job: JobRow, position: int) -> QueueEntry:
+    spec = job.parsed_spec
+    return QueueEntry(
+        position=position,
+        job_id=job.id,
+        name=job.name,
+        priority=spec.priority,
+        state=JobState(job.state),
+        needs=needs(spec, sizes(spec, job.workers_wanted)),
+        message=job.conditions[0]["message"] if job.conditions else job.message,
+        since=job.queued_at or job.created_at,
+    )

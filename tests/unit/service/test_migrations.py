@@ -1,0 +1,89 @@
+"""The schema: what the code says of it is what the migrations make, and rows of before stay whole."""
+
+import dataclasses
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from service.database import make_engine, migrate
+from service.rows import NewEvent
+from service.store import Store
+from service.tables import metadata
+from tests.checkpoints import ref
+from tests.fakes import T0, job_id, new_store, row
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'old.db'}"
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[sa.Engine]:
+    made = make_engine(url)
+    yield made
+    made.dispose()
+
+
+def insert(engine: sa.Engine, table: str, **values: Any) -> None:
+    """Insert a row into a table as the schema of then has it, which may have fewer columns."""
+    found = sa.Table(table, sa.MetaData(), autoload_with=engine)
+    with engine.begin() as connection:
+        connection.execute(sa.insert(found).values({name: values[name] for name in values if name in found.c}))
+
+
+def test_the_tables_agree_with_the_migrations(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    with store._engine.begin() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    store._engine.dispose()
+
+
+def test_migrating_twice_changes_nothing(engine: sa.Engine, url: str) -> None:
+    migrate(url)
+    insert(engine, "jobs", **dataclasses.asdict(row(1)))
+    before = Store(engine).live()
+    migrate(url)
+    assert Store(engine).live() == before == [row(1)]
+
+
+def test_the_rows_of_the_first_schema_stay_as_they_are(engine: sa.Engine, url: str) -> None:
+    migrate(url, "0001")
+    job = row(1, labels={"a": "b"}, state="running", retention=None)
+    insert(engine, "jobs", **dataclasses.asdict(job))
+    migrate(url)
+    store = Store(engine)
+    assert store.live() == [job]
+    assert store.retained() == []
+    assert store.apply(store.live()[0], {"message": "and on"}, [NewEvent("note", "it goes")]) is not None
+
+
+def test_the_jobs_and_pins_of_before_there_was_control_go_on(engine: sa.Engine, url: str) -> None:
+    """A job has been in the line since it was created, and nobody has asked anything of it."""
+    migrate(url, "0002")
+    jobs = [
+        row(1, state="running", attempt=2, faults=1, ray_session="s", created_at=T0 - timedelta(hours=1)),
+        row(2, state="failed", reason="worker_lost", history_end={"segment": "1-0-a", "step": 4}),
+        row(3),
+    ]
+    for job in jobs:
+        insert(engine, "jobs", **dataclasses.asdict(job))
+    pin = {"id": "p", "job_id": job_id(2), "segment": "1-0-a", "step": 4, "why": "download"}
+    insert(engine, "pins", **pin, expires_at=T0 + timedelta(hours=1))
+    migrate(url)
+    store = Store(engine)
+    assert store.live() == [jobs[0], jobs[2]]
+    running, failed = store.live()[0], store.get(job_id(2), "default")
+    assert (running.queued_at, running.workers, running.pause_requested) == (T0 - timedelta(hours=1), None, 0)
+    assert failed == jobs[1]
+    assert store.pinned(job_id(2), T0) == {ref("1-0-a@4")}
+    assert store.request_pause(job_id(1))
+    ended = store.apply(store.live()[0], {"state": "cancelled"})
+    assert ended is not None
+    assert store.pinned(job_id(2), T0) == {ref("1-0-a@4")}, "it is nobody's"
