@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 DocumentT = TypeVar("DocumentT", bound=BaseModel)
 T = TypeVar("T")
 
-_JOINED_BYTES = 2**20
-"""Up to here a body is sent as one string. A larger one is sent piece by piece, since the connect timeout is also the
-time that sending one string may take; for that the SDK asks the store first, which costs another exchange."""
 _MULTIPART_BYTES = 64 * 2**20
 _PART_BYTES = 16 * 2**20
 _MOST_PARTS = 10_000
@@ -60,7 +57,9 @@ _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefre
 _DENIED = _EXPIRED | {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled", "401", "403"}
 _SLOW_DOWN = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429"}
 _MANGLED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
-_PASSING = _SLOW_DOWN | _MANGLED | {"InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted", "404"}
+_NOT_A_STORE = {"", "404"}
+_PASSING = _SLOW_DOWN | _MANGLED | _NOT_A_STORE
+_PASSING |= {"InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted"}
 
 _NO_CREDENTIALS = (sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError)
 _NO_ANSWER = (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, HTTPError, OSError)
@@ -152,7 +151,7 @@ class Bucket:
         raise StorageUnavailable(f"the store lost the upload of {self._where(key)} {_UPLOADS} times; see its log")
 
     def _put_whole(self, key: str, content: Content, client: "S3Client") -> None:
-        body: Any = content.file() if content.size > _JOINED_BYTES else content.read()
+        body: Any = content.file()  # a new one for each try: the SDK sends from where a file stands
         client.put_object(**self._address(key), Body=body)
 
     def _put_parts(self, key: str, content: Content) -> None:

@@ -187,6 +187,8 @@ def _stored(bucket: Bucket, checkpoint: CheckpointLayout, manifest: Manifest) ->
         for name, entry in entries.items():
             if not name.startswith(_MODEL):
                 continue
+            if part.tensors and name not in part.tensors:
+                raise InvalidData(f"{key} holds {name}, of which its receipt says nothing")
             if name not in part.tensors:
                 raise Conflict(
                     f"the checkpoint of step {manifest.step} was written before Lockstep kept a hash of each tensor, "

@@ -16,7 +16,8 @@ A be the jobs that R must wait for anyway: those that began before its reservati
 
 1. Who passes R stands beside R and all that passed before, on nodes without A. So R starts when A has ended.
 2. First fit is not monotone: rarely, fewer groups fit worse, and 1 does not hold. But without A the room of later is
-   that of soon with R in it, into which R did not fit. It takes nobody, the cluster runs empty, and there R fits.
+   that of soon with R in it, into which R did not fit. It takes nobody (and a preemption that could change that would
+   have helped R), so the cluster runs empty, and there R fits.
 
 So a job that nobody is ahead of starts at the latest two of the longest runs after its reservation began.
 """
@@ -200,12 +201,12 @@ class _Pass:
     def _make_way(self, claim: Claim) -> "list[Room] | None":
         """Choose whom to preempt, the lowest and then the youngest first; return the rooms to come, or None.
 
-        Nobody is chosen if that is not enough, or where a job ahead holds a reservation that leaves no room to pass.
+        Nobody is chosen if that is not enough, and nobody again who is being stopped: they are not in the room of soon.
         """
-        if claim.least.shape in self._hopeless or not all(room.stands for room in self._rooms[2:]):
+        if claim.least.shape in self._hopeless:
             return None
-        lower = [other for other in self._held if other.preemptible and other.priority < claim.priority]
-        may = [other for other in lower if not other.leaving and other.job_id not in self.preempts]
+        stay = [other for other in self._held if other.job_id in self._rooms[1].groups]
+        may = [other for other in stay if other.preemptible and other.priority < claim.priority]
         may.sort(key=lambda other: (other.priority, -self._began(other).timestamp(), other.job_id))
         if not may or self._without(may, claim) is None:
             self._hopeless.add(claim.least.shape)

@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from api.documents import JobDocument
 from api.jobs import Reason
 from api.spec import ResourceSpec, TrainSpec
-from api.storage import Bucket
+from api.storage import Bucket, Timeouts
 from workers.attempt import NOT_OURS, Attempt, claim, log_to_stderr, parse_arguments
 from workers.lost import give_notice, note_lost
 from workers.patience import PatientBucket
@@ -33,6 +33,8 @@ logger = logging.getLogger("lockstep.workers")
 
 _RESTARTS = 3
 """Times that Ray Train starts a group again by itself. After that the control plane does it, with a wait between."""
+_BRIEFLY = Timeouts(connect=3.0, read=5.0, attempts=2)
+"""For what is written when all is lost, perhaps the store as well: whoever ends this process waits for that."""
 _PLACEMENTS = 10
 """Tries, of a minute each, to place the workers."""
 
@@ -65,6 +67,7 @@ def run(attempt: Attempt, bucket: Bucket) -> int:
     spec = attempt.job.spec
     assert isinstance(spec, TrainSpec)
     # Ray Train keeps notes of its own there; nothing of ours does, and nothing resumes from it.
+    last_words = Bucket(bucket.url, _BRIEFLY)
     scratch = Path(tempfile.gettempdir()) / "lockstep-ray-train"
     # A group of flexible size is started again by the control plane, with as many workers as there is room for.
     flexible = spec.resources.least < spec.resources.most
@@ -88,11 +91,11 @@ def run(attempt: Attempt, bucket: Bucket) -> int:
     except (TrainingFailedError, RayError) as error:
         logger.error("Ray Train gave up: %s", error)
         reason = reason_of_death(getattr(error, "controller_failure", error)) or Reason.WORKER_LOST
-        note_lost(bucket, attempt, reason, f"Ray Train gave up: {error}")
+        note_lost(last_words, attempt, reason, f"Ray Train gave up: {error}")
         return 1
     except Exception as error:
         logger.exception("the driver failed by itself")
-        note_lost(bucket, attempt, Reason.WORKER_ERROR, f"the driver failed: {type(error).__name__}: {error}")
+        note_lost(last_words, attempt, Reason.WORKER_ERROR, f"the driver failed: {type(error).__name__}: {error}")
         return 1
     finally:
         shutil.rmtree(scratch / attempt.submission_id, ignore_errors=True)
@@ -117,7 +120,11 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     settings = WorkerSettings()
     job = JobDocument.model_validate_json(config["job"])
     bucket = PatientBucket(settings.storage, settings.storage_patience)
-    result = train(job, current_session(job, config["attempt"]), bucket, settings)
+    try:
+        result = train(job, current_session(job, config["attempt"]), bucket, settings)
+    except Exception:
+        bucket.give_up()  # else the end of this process would wait for a thread that waits for the store
+        raise
     return result.model_dump(mode="json")
 
 

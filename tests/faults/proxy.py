@@ -121,8 +121,8 @@ class FaultProxy:
         where = urlsplit(upstream)
         self._upstream = (where.hostname or _HOST, where.port or 80)
         self._port, self._loop = port, loop
-        self._server: asyncio.Server | None = None
-        self._connections: dict[asyncio.Task[None], StreamWriter] = {}
+        self._listening: socket.socket | None = None
+        self._serving: set[asyncio.Task[None]] = set()
         self._lock = threading.Lock()
         self._faults: Sequence[Fault] = ()
         self._seen: Counter[str] = Counter()
@@ -153,50 +153,56 @@ class FaultProxy:
             self.set()
 
     def leave(self) -> None:
-        """Begin an outage."""
+        """Begin an outage, if there is none."""
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
 
     def come_back(self) -> None:
-        """End an outage: listen at the same address again."""
+        """End an outage, if there is one: listen at the same address again."""
         asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
 
     async def _listen(self) -> None:
-        listening = socket.create_server((_HOST, self._port))
+        if self._listening is not None:
+            return
+        self._listening = socket.create_server((_HOST, self._port))
+        self._listening.setblocking(False)
         # Else the kernel takes whole bodies at once, whatever the rate at which they are read.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**17)
-        self._server = await asyncio.start_server(self._serve, sock=listening)
-        self._port = listening.getsockname()[1]
+        self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**17)
+        self._port = self._listening.getsockname()[1]
+        self._loop.add_reader(self._listening, self._accept, self._listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        with suppress(OSError):  # the client has gone already
+            connection, _ = listening.accept()
+            task = self._loop.create_task(self._serve(connection))
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
 
     async def _close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        tasks = list(self._connections)
-        for task, writer in list(self._connections.items()):
-            _reset(writer)
+        if self._listening is not None:
+            self._loop.remove_reader(self._listening)
+            self._listening.close()
+            self._listening = None
+        await asyncio.sleep(0)  # by now every connection is in the hands of its task
+        tasks = list(self._serving)
+        for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
+    async def _serve(self, connection: socket.socket) -> None:
         """Serve one connection until either side ends it."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections[task] = writer
+        reader, writer = await asyncio.open_connection(sock=connection)
         try:
-            if self._server is None:
-                raise _End(resets=True)  # accepted when the outage began
             while (request := await read_request(reader)) is not None:
                 await self._handle(request, reader, writer)
         except _End as end:
-            if end.resets:
-                _reset(writer)
+            if not end.resets:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
         except (OSError, asyncio.IncompleteReadError):
-            _reset(writer)  # the client has gone, or the server behind us
-        except asyncio.CancelledError:
-            pass  # an outage
+            pass  # the client has gone, or the server behind us
         finally:
-            del self._connections[task]
-            writer.close()
+            _reset(writer)  # unless it is closed
 
     async def _handle(self, request: Request, reader: StreamReader, writer: StreamWriter) -> None:
         delays, fault = self._meet(request)
@@ -271,7 +277,7 @@ class FaultProxy:
             await writer.drain()
             return await read_answer(reader, request.method)
         finally:
-            writer.close()
+            writer.transport.abort()
 
     async def _tear(self, request: Request, share: float) -> NoReturn:
         """Let the server have the head and a share of the body, and then a reset."""
@@ -331,25 +337,24 @@ def main() -> None:
     parser.add_argument("--control", type=Path, required=True, help="a JSON file that says which faults to make")
     arguments = parser.parse_args()
     with fault_proxy(arguments.upstream, arguments.port) as proxy:
+        wish = _obey(proxy, arguments.control, "")
         print(proxy.url, flush=True)
-        _obey(proxy, arguments.control)
+        while True:
+            time.sleep(0.05)
+            wish = _obey(proxy, arguments.control, wish)
 
 
-def _obey(proxy: FaultProxy, control: Path) -> None:
-    """Do what the file says, for ever."""
-    text, away = "", False
+def _obey(proxy: FaultProxy, control: Path, known: str) -> str:
+    """Do what the file says, if it is not what is known already; write what has happened; return what it says."""
+    if (text := control.read_text() if control.exists() else "{}") != known:
+        wish = json.loads(text)
+        proxy.set(*(Fault(**fault) for fault in wish.get("faults", [])))
+        (proxy.leave if wish.get("away") else proxy.come_back)()
     counts = control.with_name(f"{control.name}.counts")
-    while True:
-        if control.exists() and (now := control.read_text()) != text:
-            text, wish = now, json.loads(now)
-            proxy.set(*(Fault(**fault) for fault in wish.get("faults", [])))
-            if wish.get("away", False) != away:
-                away = not away
-                (proxy.leave if away else proxy.come_back)()
-        partial = counts.with_suffix(".partial")
-        partial.write_text(json.dumps({"requests": proxy.requests, "faults": proxy.counts}))
-        os.replace(partial, counts)
-        time.sleep(0.05)
+    partial = counts.with_suffix(".partial")
+    partial.write_text(json.dumps({"requests": proxy.requests, "faults": proxy.counts}))
+    os.replace(partial, counts)
+    return text
 
 
 if __name__ == "__main__":

@@ -143,10 +143,10 @@ def write(bucket: Bucket, layout: JobLayout, session: Session, states: dict[int,
     writer.close()
 
 
-def test_saving_and_restoring_take_the_memory_of_the_state_once_and_some_pieces(storage: str, tmp_path: Path) -> None:
+def test_saving_and_restoring_take_the_memory_of_the_state_once_and_little_more(storage: str, tmp_path: Path) -> None:
     (peaks,) = run_ranks(1, tmp_path / "rank", saved, storage)
-    assert 192 * MIB < peaks["save"] < 192 * MIB + 4 * restore.PIECE, peaks
-    assert 192 * MIB < peaks["restore"] < 192 * MIB + 3 * restore.PIECE, peaks
+    assert 192 * MIB < peaks["save"] < 192 * MIB + 3 * restore.PIECE, peaks
+    assert 192 * MIB < peaks["restore"] < 192 * MIB + 2 * restore.PIECE, peaks
 
 
 def test_the_plan_knows_the_piece() -> None:

@@ -3,11 +3,9 @@
 Bytes that flip on the way are no business of storage: see the last test.
 """
 
-import json
 import logging
 import random
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ import pytest
 from api.errors import StorageDenied, StorageUnavailable
 from api.storage import Bucket, Timeouts
 from tests.faults.proxy import Fault, FaultProxy, fault_proxy
+from tests.faults.waiting import wait_until
 from tests.servers import BUCKET, S3
 from workers.patience import PatientBucket
 
@@ -45,30 +44,10 @@ def proxy(s3_server: S3, storage: str, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield proxy
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.005)
-
-
 def uploads(bucket: Bucket) -> list[str]:
     """Return the keys of uploads in parts that the store still keeps, visible to nobody who lists objects."""
     found = bucket._client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
     return [upload["Key"] for upload in found if upload["Key"].startswith(bucket._root)]
-
-
-def test_a_proxy_without_faults_changes_nothing(proxy: FaultProxy, storage: str) -> None:
-    bucket, body = Bucket(storage), random.Random(0).randbytes(2 * MIB)
-    for key in ("ünïcode/–/ключ", "a+b&c=d%20e"):
-        bucket.put(key, body)
-        assert bucket.get(key) == body
-        assert bucket.get_range(key, MIB, 100) == body[MIB : MIB + 100]
-        assert bucket.size(key) == len(body)
-    assert [item.key for item in bucket.objects("")] == ["a+b&c=d%20e", "ünïcode/–/ключ"]
-    bucket.delete(["a+b&c=d%20e", "ünïcode/–/ключ"])
-    assert bucket.objects("") == []
-    assert not proxy.counts
 
 
 def test_with_a_fifth_of_all_requests_failing_everything_ends_with_the_right_bytes(
@@ -77,14 +56,14 @@ def test_with_a_fifth_of_all_requests_failing_everything_ends_with_the_right_byt
     bucket, large = Bucket(storage, MANY), random.Random(1).randbytes(9 * MIB)
 
     def work(name: int) -> None:
-        for number in range(75):
+        for number in range(60):
             key, body = f"{name}/{number:03d}", random.Random(f"{name} {number}").randbytes(number * 40 + 1)
             bucket.put(key, body)
             assert bucket.get(key) == body
             assert bucket.get_range(key, number, 1) == body[number : number + 1]
             assert bucket.size(key) == len(body)
         found = [item.key for item in bucket.objects(f"{name}/")]
-        assert found == [f"{name}/{number:03d}" for number in range(75)]
+        assert found == [f"{name}/{number:03d}" for number in range(60)]
         bucket.delete(found[1:])
         assert [item.key for item in bucket.objects(f"{name}/")] == [f"{name}/000"]
 
@@ -105,7 +84,7 @@ def test_with_a_fifth_of_all_requests_failing_everything_ends_with_the_right_byt
         for worker in workers:
             worker.result()
     requests, failed = sum(proxy.requests.values()), sum(proxy.counts.values())
-    assert requests > 2500
+    assert requests > 2000
     assert 0.15 < failed / requests < 0.25
     assert set(proxy.counts) == {fault.kind for fault in faults}
 
@@ -210,16 +189,6 @@ def test_views_are_put_one_after_another_and_again_from_their_beginning(proxy: F
     assert proxy.counts["torn"] == 8
 
 
-def test_a_way_slower_than_the_connect_timeout_carries_large_bodies(
-    proxy: FaultProxy, storage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("api.storage._MULTIPART_BYTES", 64 * MIB)
-    bucket, body = Bucket(storage, Timeouts(connect=1.0, read=10.0, attempts=1)), random.Random(6).randbytes(20 * MIB)
-    with proxy.faults(Fault("slow", bytes_per_second=10 * MIB)):
-        bucket.put("a", body)
-    assert bucket.get("a") == body
-
-
 def test_a_store_that_makes_an_object_of_its_parts_may_take_its_time(proxy: FaultProxy, storage: str) -> None:
     bucket, body = Bucket(storage, Timeouts(connect=2.0, read=2.0, attempts=4)), random.Random(7).randbytes(5 * MIB)
     with proxy.faults(Fault("delay", seconds=3.0, method="POST", target="uploadId")):
@@ -254,14 +223,21 @@ def test_a_run_waits_for_a_store_that_is_away_and_goes_on(
     proxy: FaultProxy, storage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lockstep.workers")
-    bucket = PatientBucket(storage, timeouts=TWO)
+    waiters = set()
+
+    def sleep(seconds: float) -> None:
+        waiters.add(threading.get_ident())
+        time.sleep(0.05)
+
+    bucket = PatientBucket(storage, timeouts=TWO, sleep=sleep)
     bucket.put("before", b"before")
     assert bucket.answers()
     proxy.leave()
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(bucket.put, f"during/{n}", b"during") for n in range(3)]
         waiting.append(pool.submit(bucket.put, "during/large", bytes(5 * MIB)))
-        wait_until(lambda: bucket.away_since is not None)
+        wait_until(lambda: len(waiters) == 4)
+        assert bucket.away_since is not None
         assert not bucket.answers()
         assert not any(future.done() for future in waiting)
         proxy.come_back()
@@ -390,33 +366,6 @@ def test_a_run_waits_for_credentials_that_are_to_be_rotated(
         rotate(s3_server.access_key)
         waiting.result(timeout=20)
     assert bucket.get("a") == b"new"
-
-
-def test_a_proxy_of_its_own_does_what_its_file_says(
-    s3_server: S3, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    control, counts = tmp_path / "control", tmp_path / "control.counts"
-
-    def say(**wish: Any) -> None:
-        (tmp_path / "partial").write_text(json.dumps(wish))
-        (tmp_path / "partial").rename(control)
-
-    say(faults=[{"kind": "error", "times": 1}])
-    command = [sys.executable, "-m", "tests.faults.proxy", "--upstream", s3_server.endpoint, "--control", str(control)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", process.stdout.readline().strip())
-            bucket = Bucket(storage, TWO)
-            bucket.put("a", b"here")
-            wait_until(lambda: json.loads(counts.read_text())["faults"] == {"error": 1})
-            say(away=True)
-            wait_until(lambda: not PatientBucket(storage).answers())
-            say()
-            wait_until(lambda: PatientBucket(storage).answers())
-            assert bucket.get("a") == b"here"
-        finally:
-            process.kill()
 
 
 def test_a_bit_that_flips_on_the_way_arrives_flipped_so_who_reads_must_compare_hashes(

@@ -143,6 +143,8 @@ def test_no_credentials_are_a_refusal_not_an_outage(monkeypatch: pytest.MonkeyPa
         (429, b"", 3),
         (400, REFUSAL % b"RequestTimeout", 3),
         (400, REFUSAL % b"BadDigest", 3),
+        (404, b"<html>default backend</html>", 3),
+        (404, b"", 3),
         (400, REFUSAL % b"InvalidArgument", 1),
         (404, REFUSAL % b"NoSuchBucket", 1),
     ],

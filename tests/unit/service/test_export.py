@@ -363,6 +363,16 @@ def test_only_a_complete_checkpoint_is_handed_out() -> None:
             made.open(name)
 
 
+def test_a_tensor_whose_name_was_damaged_is_damage_and_no_old_checkpoint() -> None:
+    made = Checkpointed(world_size=1)
+    [part] = made.parts
+    sound = made.bucket.content[part]
+    made.bucket.content[part] = sound.replace(b"model.norm", b"model.nors", 1)
+    assert made.bucket.content[part] != sound
+    with pytest.raises(InvalidData, match="of which its receipt says nothing"):
+        made.file("model.safetensors")
+
+
 def test_a_checkpoint_without_hashes_of_tensors_is_refused_in_words() -> None:
     made = Checkpointed()
     manifest = made.bucket.get_document(made.manifest_key, Manifest)

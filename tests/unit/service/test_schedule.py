@@ -68,6 +68,7 @@ def table(rows: list[Row]) -> pytest.MarkDecorator:
         ("memory", [node(8, gib=4)], [runs("r", 1, gib=3), waits("a", 1, gib=2), waits("b", 1)], "b=1, a waits"),
         ("one GPU", [node(8, gpu=1)], [waits("a", 1, gpu=1), waits("b", 1, gpu=1), waits("c", 1)], "a=1, c=1, b waits"),
         ("the GPU node is left alone", [node(8, gpu=1), node(8)], [runs("r", 1, 8), waits("a", 1, gpu=1)], "a=1"),
+        ("fewer of the same", [4, 4], [runs("r", 1, 2), waits("a", 2, 3, age=1), waits("b", 1, 3)], "b=1, a waits"),
         ("placed anew", [5, 5], [runs("r", 2, 2), waits("a", 2, 3)], "a=2"),
         ("a cluster that shrank", [2, 2], [runs("r", 3, 2), waits("a", 1)], "a waits"),
         ("no cluster", [], [waits("a", 1)], "a waits"),
@@ -168,6 +169,8 @@ def high(workers: int | tuple[int, ...], cpu: int = 1, **fields: Any) -> Claim:
          "h waits, i waits, a for h"),
         ("none behind a reservation", [4], [runs("a", 2), runs("b", 2, preemptible=False, since=9),
          waits("r", 4, priority=9, age=700), high(2)], "r waits, h waits"),
+        ("beside a reservation", [4], [runs("a", 2, preemptible=False), runs("b", 2, since=9),
+         waits("r", 3, priority=9, age=700), high(1)], "r waits, h waits, b for h"),
     ]
 )  # fmt: skip
 def test_a_higher_priority_makes_lower_trainings_make_way(
@@ -236,6 +239,8 @@ MESSAGES: list[tuple[str, list[Node] | list[int], list[Claim], str, int]] = [
      "needs 4 × 1 CPU, 2 CPU free; holds a reservation", 0),
     ("behind a reservation", [4], [runs("r", 2), waits("b", 4, age=700), waits("a", 1)],
      "needs 1 × 1 CPU, 2 CPU free; 1 job ahead, 1 with a reservation", 1),
+    ("too little, too, behind one", [4], [runs("r", 2), waits("b", 4, age=700), waits("a", 3)],
+     "needs 3 × 1 CPU, 2 CPU free; 1 job ahead", 1),
     ("behind a preemption", [4], [runs("r", 2), waits("b", 4, priority=1), waits("a", 1)],
      "needs 1 × 1 CPU, 2 CPU free; 1 job ahead, 1 with a reservation", 1),
 ]  # fmt: skip
