@@ -59,7 +59,7 @@ COMPILED: dict[str, Any] = {
 TORCHS_WARNINGS = pytest.mark.filterwarnings("default")
 
 
-class Crash(Exception):
+class Crash(BaseException):
     """Stands for the death of the process."""
 
 
