@@ -1,10 +1,14 @@
-"""Pause and resume a running job: the same bits at the same size, the same samples at another one."""
+"""Pause, resume and preempt a running job: the same bits at the same size, the same samples at another one."""
 
 import pytest
 
 from api.jobs import Job, JobState
 from tests.e2e.conftest import KILL_AT, KILL_SPEC
 from tests.e2e.harness import Stack, assert_same_bits, curve, final_state, follow, reached, wait_until
+
+
+def states(stack: Stack, job: Job) -> list[str]:
+    return [event.state.value for event in stack.client.events(job.id).items if event.state is not None]
 
 
 def in_state(stack: Stack, job: Job, state: JobState, seconds: float = 60) -> Job:
@@ -51,3 +55,16 @@ def test_a_job_resumed_at_another_size_trains_on_the_same_samples(undisturbed: J
     ours, theirs = curve(stack, ended), curve(stack, undisturbed)
     assert [step for step, _ in ours] == [step for step, _ in theirs]
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=1e-4)
+
+
+def test_a_job_that_makes_way_loses_nothing_but_time(undisturbed: Job, stack: Stack) -> None:
+    low = stack.client.submit({**KILL_SPEC, "name": "low"})
+    reached(stack.client, low, KILL_AT)
+    urgent = {**KILL_SPEC, "name": "urgent", "priority": 10, "steps": 3, "resources": {"workers": 2}}
+    high = stack.client.submit(urgent)
+    assert follow(stack.client, high).state is JobState.SUCCEEDED
+    ended = follow(stack.client, low)
+    assert states(stack, low) == [
+        "queued", "starting", "running", "pausing", "queued", "starting", "running", "succeeded",
+    ]  # fmt: skip
+    assert_same_end(stack, ended, undisturbed)
