@@ -48,6 +48,8 @@ class Limits:
     steps: float = 10.0
     report: float = 10.0
     """The longest time that the report of a hang may hold up the end of the process."""
+    ask: float = 15.0
+    """Longer than the store can take to answer, or not to answer, whether it is there."""
     tick: float = 1.0
     """Time between two looks."""
 
@@ -149,7 +151,7 @@ class Watchdog:
             self._counts_from = now
         if self._verdict(now) == "moving":
             self._store_is_away = False
-        elif not self._store_answers():
+        elif not self._ask():
             self._store_is_away = True
         elif self._store_is_away:
             self._store_is_away = False
@@ -157,6 +159,14 @@ class Watchdog:
         elif self._verdict(now) == "hung":  # judged anew: something may have moved while the store was asked
             self._end(now)
         self._looked = self._clock()
+
+    def _ask(self) -> bool:
+        """Ask the store; a question that took longer than one can was asked by a process that did not run."""
+        began = self._clock()
+        answers = self._store_answers()
+        if (ended := self._clock()) - began > self._limits.ask:
+            self._counts_from = ended
+        return answers
 
     def _verdict(self, now: float) -> Verdict:
         at, phase = self._moved

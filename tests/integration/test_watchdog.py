@@ -160,7 +160,7 @@ def test_a_store_that_takes_requests_and_never_answers_is_no_hang(
             frozen.resume()
 
 
-PATIENT = Limits(first=6.0, least=6.0, tick=0.1)
+PATIENT = Limits(first=6.0, least=6.0, ask=3.0, tick=0.1)
 
 
 def sleeps(storage: str, ready: str) -> None:

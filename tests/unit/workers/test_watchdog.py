@@ -231,6 +231,21 @@ def test_the_time_that_the_store_takes_to_answer_is_no_missed_tick(kennel: Kenne
     assert kennel.exits == [EXIT_HUNG]
 
 
+def test_a_process_that_was_stopped_while_it_asked_does_not_shoot_itself_when_it_wakes(kennel: Kennel) -> None:
+    def stopped() -> bool:
+        kennel.now += 8 * 3600
+        kennel.store = lambda: True
+        return True
+
+    kennel.pass_time(40)
+    kennel.store = stopped
+    kennel.dog.look()
+    kennel.pass_time(59)
+    assert kennel.exits == []
+    kennel.pass_time(3)
+    assert kennel.exits == [EXIT_HUNG]
+
+
 def test_what_moves_while_the_store_is_asked_counts(kennel: Kennel) -> None:
     def moves() -> bool:
         kennel.dog.beat("upload")
