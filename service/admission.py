@@ -63,20 +63,20 @@ def why_never(spec: TrainSpec | PrepareSpec, nodes: Sequence[Node], workers: int
     group = bundles(spec, workers)
     if place(nodes, [group]) is not None:
         return None
-    return f"needs {_describe(group)}, but the whole cluster has {_sum(node.total for node in nodes)}"
+    return f"needs {describe(group)}, but the whole cluster has {amounts(node.total for node in nodes)}"
 
 
 def needs(spec: TrainSpec | PrepareSpec, sizes: Sequence[int]) -> str:
     """Say what a job wants, in numbers: `2 × 1 CPU`, or `1 to 4 × 1 CPU`."""
     count = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    return f"{count} × {_sum(bundles(spec)[:1])}"
+    return f"{count} × {amounts(bundles(spec)[:1])}"
 
 
-def _describe(group: Sequence[Resources]) -> str:
-    return f"{len(group)} × {_sum(group[:1])}"
+def describe(group: Sequence[Resources]) -> str:
+    return f"{len(group)} × {amounts(group[:1])}"
 
 
-def _sum(parts: Iterable[Resources]) -> str:
+def amounts(parts: Iterable[Resources]) -> str:
     total: dict[str, float] = {}
     for part in parts:
         for name, amount in part.items():

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from service.admission import Node, Resources, _describe, _sum
+from service.admission import Node, Resources, amounts, describe
 
 Shape = tuple[int, frozenset[tuple[str, float]]]
 """How many workers, and what each reserves."""
@@ -88,7 +88,7 @@ class Claim:
     @property
     def needs(self) -> str:
         """What it wants, in words and numbers."""
-        words = _describe([self.bundle] * self.sizes[0])
+        words = describe([self.bundle] * self.sizes[0])
         return f"needs at least {words}" if len(self.sizes) > 1 else f"needs {words}"
 
 
@@ -354,7 +354,7 @@ def _amount(room: Room, group: Group) -> str:
     """Say how much a room has of what a group needs."""
     if room.free is None:
         return "nothing"
-    return _sum({name: node.get(name, 0.0) for name in group.bundle} for node in room.free)
+    return amounts({name: node.get(name, 0.0) for name in group.bundle} for node in room.free)
 
 
 def _pieces(room: Room, group: Group) -> str:
