@@ -355,6 +355,7 @@ class TrainSpec(_JobSpecBase):
                 f"no number of workers from {self.resources.least} to {self.resources.most} divides the "
                 f"{self.micro_batches} micro-batches of a global batch"
                 + (" and is a power of two" if self.determinism == "elastic" else "")
+                + f"; the nearest that do are {' and '.join(map(str, self._nearest_sizes()))}"
             )
         return self
 
@@ -418,6 +419,12 @@ class TrainSpec(_JobSpecBase):
     def sizes(self) -> list[int]:
         """The worker counts that the job may run with, ascending."""
         return [n for n in range(self.resources.least, self.resources.most + 1) if self.can_run_with(n)]
+
+    def _nearest_sizes(self) -> list[int]:
+        """Return the worker counts next to the range that the job could run with."""
+        fewer = (n for n in range(self.resources.least - 1, 0, -1) if self.can_run_with(n))
+        more = (n for n in range(self.resources.most + 1, 4097) if self.can_run_with(n))
+        return [n for n in (next(fewer, None), next(more, None)) if n is not None]
 
     def can_run_with(self, workers: int) -> bool:
         """Whether the micro-batches divide evenly; under `determinism: elastic`, whether the tree over them does."""

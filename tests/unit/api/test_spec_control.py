@@ -152,3 +152,15 @@ def test_a_preparation_has_no_checkpoints_to_begin_at(field: str) -> None:
     refused(PREPARE | {field: None}, "Extra inputs are not permitted")
     assert field in TrainSpec.model_fields
     assert field not in PrepareSpec.model_fields
+
+
+def test_a_range_in_which_no_size_fits_is_refused_with_the_nearest_that_do() -> None:
+    spec = {
+        "name": "x",
+        "data": {"dataset": "d"},
+        "model": {"size": "1m"},
+        "batch": {"global_size": 24, "micro_size": 2},
+        "resources": {"workers": {"min": 7, "max": 10}},
+    }
+    with pytest.raises(ValidationError, match="divides the 12 micro-batches of a global batch; the nearest.* 6 and 12"):
+        job_spec_adapter.validate_python(spec)
