@@ -162,5 +162,7 @@ def test_a_range_in_which_no_size_fits_is_refused_with_the_nearest_that_do() -> 
         "batch": {"global_size": 24, "micro_size": 2},
         "resources": {"workers": {"min": 7, "max": 10}},
     }
-    with pytest.raises(ValidationError, match="divides the 12 micro-batches of a global batch; the nearest.* 6 and 12"):
+    with pytest.raises(
+        ValidationError, match="divides the 12 micro-batches of a global batch; the nearest that do are 6 and 12"
+    ):
         job_spec_adapter.validate_python(spec)
