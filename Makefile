@@ -2,11 +2,12 @@
 # make up     the same stack, left running until Ctrl-C
 # make test   format, lint, types, import contracts, unit, integration and e2e tests
 # make bench  what takes minutes: full reference runs and throughput
+# make soak   the fault tests in full: more kills, longer outages, the product's own clocks
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo up check unit test openapi bench clean
+.PHONY: demo up check unit test openapi bench soak clean
 
 demo: .venv/local
 	$(BIN)/lockstep-server demo
@@ -31,6 +32,9 @@ openapi: .venv/local
 
 bench: .venv/dev
 	$(BIN)/pytest tests/bench
+
+soak: .venv/dev
+	LOCKSTEP_SOAK=1 $(BIN)/pytest -m soak tests/integration tests/e2e
 
 clean:
 	rm -rf .venv build *.egg-info
