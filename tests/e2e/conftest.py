@@ -25,10 +25,20 @@ KILL_SPEC: dict[str, Any] = {
     "resources": {"workers": 3},
 }
 
+#: Four micro-batches with dropout, so that one, two and four workers can share them.
+ELASTIC: dict[str, Any] = {
+    **KILL_SPEC,
+    "determinism": "elastic",
+    "batch": {"global_size": 16, "micro_size": 4},
+    "steps": 300,
+    "evaluate": {"every": 100, "sequences": 14},
+    "checkpoint": {"every": 50},
+}
+
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running_stack(tmp_path_factory.mktemp("e2e") / "state", cpus=4) as running:
+    with running_stack(tmp_path_factory.mktemp("e2e") / "state", cpus=4, program="tests.faults.stack") as running:
         yield running
 
 
@@ -57,6 +67,15 @@ def undisturbed(stack: Stack, dataset: Job) -> Job:
     return done
 
 
+@pytest.fixture(scope="session")
+def alone(stack: Stack, dataset: Job) -> Job:
+    """The run of one worker that an elastic one of any size must equal to the bit."""
+    done = follow(stack.client, stack.client.submit({**ELASTIC, "name": "alone", "resources": {"workers": 1}}))
+    assert done.state is JobState.SUCCEEDED, done.message
+    return done
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the test that stops the shared stack behind all others."""
-    items.sort(key=lambda item: item.path.name == "test_stop.py")
+    """Put the tests that make Ray forget the jobs of the others behind them, and the one that stops the stack last."""
+    last = ("test_ray_lost.py", "test_storm.py", "test_stop.py")
+    items.sort(key=lambda item: last.index(item.path.name) if item.path.name in last else -1)

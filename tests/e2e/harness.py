@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from api.layout import PROJECT, JobLayout
 from api.profile import load
 from api.storage import Bucket
 from service.stack import read_credentials
+from tests.faults.proxy import Fault
+from tests.faults.stack import CONTROL
 from tests.servers import free_port
+from tests.soak import soak
 from workers.restore import read_checkpoint
 from workers.snapshot import State
 
@@ -34,6 +38,9 @@ CLOCKS = {
     "LOCKSTEP_CONTROL_INTERVAL": "0.2",
     "LOCKSTEP_RECONCILE_INTERVAL": "0.3",
     "LOCKSTEP_RETRY_BACKOFF": "0.5",
+    "LOCKSTEP_BACKOFF_LIMIT": "5",
+    "LOCKSTEP_RESIZE_INTERVAL": "3",
+    "LOCKSTEP_HANG_SECONDS": soak("60", "20"),
 }
 
 
@@ -86,17 +93,39 @@ class Stack:
         rows = self.ray("/api/jobs/")
         return sorted(row["submission_id"] for row in rows if (row["metadata"] or {}).get("job_id") == job.id)
 
+    @contextmanager
+    def faults(self, *faults: Fault, away: bool = False) -> Iterator[Callable[[], Counter[str]]]:
+        """Let the store have faults inside the block, or be away; give what counts those that happened."""
+        control = self.state / CONTROL
+
+        def said() -> dict[str, Any]:
+            said: dict[str, Any] = json.loads(control.with_name(f"{CONTROL}.counts").read_text())
+            return said
+
+        def ask(wish: dict[str, Any]) -> None:
+            text, partial = json.dumps(wish), control.with_suffix(".partial")
+            partial.write_text(text)
+            partial.rename(control)
+            wait_until(lambda: said()["wish"] == text, 10, "the proxy to obey")
+
+        before = Counter(said()["faults"])
+        ask({"away": away, "faults": [asdict(fault) for fault in faults]})
+        try:
+            yield lambda: Counter(said()["faults"]) - before
+        finally:
+            ask({})
+
     def train_run(self, name: str) -> Any:
         """Return a run that the dashboard's API knows of Ray Train, by its name."""
         return next(run for run in self.ray("/api/train/v2/runs/v1")["train_runs"] if run["name"] == name)
 
 
 @contextmanager
-def running_stack(state: Path, cpus: int) -> Iterator[Stack]:
+def running_stack(state: Path, cpus: int, program: str = "service.cli up") -> Iterator[Stack]:
     """Start `up` on free ports; stop it with SIGTERM at the end."""
     ports = {name: free_port() for name in ("port", "dashboard-port", "s3-port", "metrics-port")}
     options = [f"--{name}={port}" for name, port in ports.items()]
-    command = [sys.executable, "-m", "service.cli", "up", "--state", str(state), "--cpus", str(cpus), *options]
+    command = [sys.executable, "-m", *program.split(), "--state", str(state), "--cpus", str(cpus), *options]
     environment = os.environ | CLOCKS | {"LOCKSTEP_PROFILE": str(state.with_suffix(".profile"))}
     with open(state.with_suffix(".log"), "wb") as log:
         process = psutil.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -177,17 +206,68 @@ def curve(stack: Stack, job: Job) -> list[tuple[int, float]]:
 
 
 def assert_as_if_nothing_had_happened(stack: Stack, ended: Job, undisturbed: Job) -> None:
-    """Weights, optimizer, curve and evaluation equal the undisturbed run's; it did resume from a checkpoint."""
+    """The same end as the undisturbed run's; it did resume from a checkpoint."""
+    assert_same_end(stack, ended, undisturbed)
+    (resumed,) = [event for event in stack.client.events(ended.id).items if event.type == "resumed"]
+    # The run goes on between the last look and the kill, so it may have come past more than two checkpoints.
+    assert 20 <= resumed.data["step"] < ended.progress.step
+
+
+def states(stack: Stack, job: Job) -> list[str]:
+    """Return the states that a job went through."""
+    return [event.state.value for event in stack.client.events(job.id).items if event.state is not None]
+
+
+def in_state(stack: Stack, job: Job, state: JobState, seconds: float = 60) -> Job:
+    """Return the job once it is in a state; fail if it ends in another one before."""
+
+    def there() -> Job | None:
+        now = stack.client.get(job.id)
+        assert not now.state.ended or now.state is state, now.message
+        return now if now.state is state else None
+
+    found: Job = wait_until(there, seconds, f"{job.name} to be {state}")
+    return found
+
+
+def assert_same_end(stack: Stack, ended: Job, undisturbed: Job) -> None:
+    """Weights, optimizer, curve and evaluation equal those of a run that nothing happened to."""
     assert ended.state is JobState.SUCCEEDED, ended.message
     assert_same_bits(final_state(stack, ended), final_state(stack, undisturbed))
     assert curve(stack, ended) == curve(stack, undisturbed)
     assert ended.result["eval_loss"] == undisturbed.result["eval_loss"]
-    (resumed,) = [event for event in stack.client.events(ended.id).items if event.type == "resumed"]
-    # The run goes on between the last look and the kill, so it may have come past more than two checkpoints.
-    assert 20 <= resumed.data["step"] < ended.progress.step
+
+
+def drivers(stack: Stack, job: Job) -> list[psutil.Process]:
+    """Return the driver processes of a job."""
+    return [process for process in stack.children("workers.main") if job.id in process.cmdline()]
+
+
+def worker(stack: Stack, job: Job, rank: int, attempt: int = 1) -> psutil.Process:
+    """Return a rank's process, of the newest worker group of an attempt."""
+    group = stack.train_run(f"{job.id}-{attempt}")["attempts"][-1]
+    return psutil.Process(next(w["pid"] for w in group["workers"] if w["world_rank"] == rank))
+
+
+@contextmanager
+def frozen(process: psutil.Process) -> Iterator[None]:
+    """Stop a process (SIGSTOP) for as long as the block lasts; it may be killed meanwhile."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def kill(process: psutil.Process) -> None:
     """kill -9, unless it is gone already."""
     with suppress(psutil.NoSuchProcess):
         process.kill()
+
+
+def kill_all_of_ray(stack: Stack) -> None:
+    """kill -9 to every process of Ray, workers and drivers included."""
+    words = ("ray::", "raylet", "gcs_server", "ray/dashboard", "workers.main", "/ray/", "bin/ray")
+    for process in [found for word in words for found in stack.children(word)]:
+        kill(process)

@@ -1,31 +1,22 @@
-"""Pause, resume and preempt a running job: the same bits at the same size, the same samples at another one."""
+"""Pause, resume, preempt, cancel and retry, fork: the same bits at the same size, the same samples at another one."""
 
 import pytest
 
 from api.jobs import Job, JobState
 from tests.e2e.conftest import KILL_AT, KILL_SPEC
-from tests.e2e.harness import Stack, assert_same_bits, curve, final_state, follow, reached, wait_until
-
-
-def states(stack: Stack, job: Job) -> list[str]:
-    return [event.state.value for event in stack.client.events(job.id).items if event.state is not None]
-
-
-def in_state(stack: Stack, job: Job, state: JobState, seconds: float = 60) -> Job:
-    def there() -> Job | None:
-        now = stack.client.get(job.id)
-        assert not now.state.ended or now.state is state, now.message
-        return now if now.state is state else None
-
-    found: Job = wait_until(there, seconds, f"{job.name} to be {state}")
-    return found
-
-
-def assert_same_end(stack: Stack, ended: Job, undisturbed: Job) -> None:
-    assert ended.state is JobState.SUCCEEDED, ended.message
-    assert_same_bits(final_state(stack, ended), final_state(stack, undisturbed))
-    assert curve(stack, ended) == curve(stack, undisturbed)
-    assert ended.result["eval_loss"] == undisturbed.result["eval_loss"]
+from tests.e2e.harness import (
+    Stack,
+    assert_same_bits,
+    assert_same_end,
+    curve,
+    drivers,
+    final_state,
+    follow,
+    in_state,
+    reached,
+    states,
+    wait_until,
+)
 
 
 def test_a_paused_job_lets_go_of_its_workers_and_goes_on_where_it_was(undisturbed: Job, stack: Stack) -> None:
@@ -35,9 +26,7 @@ def test_a_paused_job_lets_go_of_its_workers_and_goes_on_where_it_was(undisturbe
     paused = in_state(stack, job, JobState.PAUSED)
     # The pause's own; metric lines come every third step.
     assert stack.client.checkpoints(job.id).items[-1].step >= paused.progress.step
-    wait_until(
-        lambda: not [p for p in stack.children("workers.main") if job.id in p.cmdline()], 30, "its driver to end"
-    )
+    wait_until(lambda: not drivers(stack, job), 30, "its driver to end")
     stack.client.resume(job.id)
     ended = follow(stack.client, job)
     assert ended.attempt == 2
@@ -68,3 +57,42 @@ def test_a_job_that_makes_way_loses_nothing_but_time(undisturbed: Job, stack: St
         "queued", "starting", "running", "pausing", "queued", "starting", "running", "succeeded",
     ]  # fmt: skip
     assert_same_end(stack, ended, undisturbed)
+
+
+def test_sigterm_to_the_driver_leads_to_a_checkpoint_and_another_attempt(undisturbed: Job, stack: Stack) -> None:
+    job = stack.client.submit({**KILL_SPEC, "name": "told-to-end"})
+    told = reached(stack.client, job, KILL_AT)
+    (driver,) = drivers(stack, job)
+    driver.terminate()
+    ended = follow(stack.client, job)
+    (resumed,) = [event for event in stack.client.events(job.id).items if event.type == "resumed"]
+    assert resumed.data["step"] >= told.progress.step  # none of the regular checkpoints: one for the notice
+    assert ended.attempt == 2
+    assert_same_end(stack, ended, undisturbed)
+
+
+def test_a_job_cancelled_with_a_checkpoint_is_retried_from_there(undisturbed: Job, stack: Stack) -> None:
+    job = stack.client.submit({**KILL_SPEC, "name": "cancelled"})
+    reached(stack.client, job, KILL_AT)
+    stack.client.cancel(job.id, keep_checkpoint=True)
+    cancelled = follow(stack.client, job, 60)
+    assert cancelled.state is JobState.CANCELLED
+    kept = stack.client.checkpoints(job.id).items[-1].step
+    assert kept >= KILL_AT
+    ended = follow(stack.client, stack.client.retry(job.id))
+    assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
+    assert next(step for step, _ in curve(stack, ended)) > kept
+    assert_same_bits(final_state(stack, ended), final_state(stack, undisturbed))
+    assert stack.client.get(job.id).state is JobState.CANCELLED
+
+
+def test_a_fork_begins_at_a_checkpoint_of_another_job_and_goes_its_own_way(undisturbed: Job, stack: Stack) -> None:
+    init = {"from_job": undisturbed.id, "step": 40}
+    fork = {**KILL_SPEC, "name": "fork", "init": init, "schedule": {"type": "constant"}, "steps": 50}
+    ended = follow(stack.client, stack.client.submit(fork))
+    assert ended.state is JobState.SUCCEEDED, ended.message
+    ours, theirs = curve(stack, ended), curve(stack, undisturbed)
+    # The first line is of steps 41 and 42, since what the source had summed up by step 40 stays with the source.
+    assert [step for step, _ in ours] == [42, 45, 48, 50]
+    assert dict(ours)[45] == pytest.approx(dict(theirs)[45], rel=0.05)
+    assert dict(ours)[48] != dict(theirs)[48]

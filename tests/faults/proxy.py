@@ -26,7 +26,7 @@ An outage (`leave`, `come_back`) is no fault of a request: connections are refus
 
 As a process of its own: `python -m tests.faults.proxy --upstream URL --port N --control FILE`. FILE is
 `{"away": false, "faults": [{"kind": "error", "rate": 0.2}]}`, looked at often; replace it by renaming another over it.
-What happened is in FILE.counts, likewise. The address is the first line on standard output.
+What was asked for and what happened is in FILE.counts, likewise. The address is the first line on standard output.
 """
 
 import argparse
@@ -41,7 +41,7 @@ import threading
 import time
 from asyncio import StreamReader, StreamWriter
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import inf
@@ -337,11 +337,18 @@ def main() -> None:
     parser.add_argument("--control", type=Path, required=True, help="a JSON file that says which faults to make")
     arguments = parser.parse_args()
     with fault_proxy(arguments.upstream, arguments.port) as proxy:
-        wish = _obey(proxy, arguments.control, "")
-        print(proxy.url, flush=True)
-        while True:
-            time.sleep(0.05)
-            wish = _obey(proxy, arguments.control, wish)
+        obey_for_ever(proxy, arguments.control, lambda: True, lambda: print(proxy.url, flush=True))
+
+
+def obey_for_ever(
+    proxy: FaultProxy, control: Path, goes_on: Callable[[], bool], on_first: Callable[[], None] = lambda: None
+) -> None:
+    """Make the faults that a file asks for, while `goes_on` says so; `on_first` hears of the first look."""
+    wish = _obey(proxy, control, "")
+    on_first()
+    while goes_on():
+        time.sleep(0.05)
+        wish = _obey(proxy, control, wish)
 
 
 def _obey(proxy: FaultProxy, control: Path, known: str) -> str:
@@ -352,7 +359,7 @@ def _obey(proxy: FaultProxy, control: Path, known: str) -> str:
         (proxy.leave if wish.get("away") else proxy.come_back)()
     counts = control.with_name(f"{control.name}.counts")
     partial = counts.with_suffix(".partial")
-    partial.write_text(json.dumps({"requests": proxy.requests, "faults": proxy.counts}))
+    partial.write_text(json.dumps({"wish": text, "requests": proxy.requests, "faults": proxy.counts}))
     os.replace(partial, counts)
     return text
 

@@ -1,0 +1,103 @@
+"""Kills at random, one after the other, in one run: it ends as if nothing had happened, and tells what that cost."""
+
+import random
+import time
+import urllib.error
+from contextlib import suppress
+from itertools import pairwise
+
+import numpy as np
+import psutil
+import pytest
+
+from api.documents import DatasetDocument
+from api.jobs import Job, JobState
+from api.layout import PROJECT, DatasetLayout
+from tests.e2e.conftest import KILL_SPEC
+from tests.e2e.harness import (
+    Stack,
+    assert_same_end,
+    curve,
+    drivers,
+    follow,
+    in_state,
+    kill,
+    kill_all_of_ray,
+    worker,
+)
+from tests.soak import soak
+from workers.order import SampleOrder, ShardShape
+
+KILLS = soak({"rank": 12, "driver": 5, "ray": 3}, {"rank": 2, "driver": 1, "ray": 1})
+#: Seconds from one kill to the next: sometimes in the middle of a recovery, sometimes after some hundred steps.
+PAUSES = (1.0, 20.0)
+SPEC = {**KILL_SPEC, "steps": soak(3000, 600), "log_every": 1, "checkpoint": {"every": 25}}
+
+
+def strike(stack: Stack, job: Job, what: str, chance: random.Random) -> bool:
+    """Kill a random rank, the driver, or all of Ray; False if there was nothing to kill just now."""
+    match what:
+        case "ray":
+            kill_all_of_ray(stack)
+            return True
+        case "driver":
+            victims = drivers(stack, job)
+        case _:
+            victims = []
+            with suppress(LookupError, StopIteration, psutil.Error, urllib.error.URLError, OSError, TypeError):
+                victims = [worker(stack, job, chance.randrange(3), stack.client.get(job.id).attempt)]
+    alive = [victim for victim in victims if victim.is_running()]
+    for victim in alive:
+        kill(victim)
+    return bool(alive)
+
+
+def samples_of(stack: Stack, dataset: Job, steps: int) -> list[tuple[int, int]]:
+    """Return which samples, as (shard, sample), the global batches of a run are made of."""
+    layout = DatasetLayout(PROJECT, "small", dataset.id)
+    split = stack.bucket.get_document(layout.document, DatasetDocument).splits["train"]
+    order = SampleOrder([ShardShape(shard.tokens, 2) for shard in split.shards], 32, seed=0)
+    shard, sample = order.locate(np.arange(min(steps * 24, order.samples)))
+    return list(zip(shard.tolist(), sample.tolist(), strict=True))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_run_in_a_storm_of_kills_ends_as_if_nothing_had_happened(
+    dataset: Job, stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calm = follow(stack.client, stack.client.submit({**SPEC, "name": "calm"}), 900)
+    assert calm.state is JobState.SUCCEEDED, calm.message
+
+    chance = random.Random(4)
+    kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
+    chance.shuffle(kinds)
+    job = stack.client.submit({**SPEC, "name": "storm"})
+    in_state(stack, job, JobState.RUNNING)
+    began, struck = time.monotonic(), 0
+    while kinds:
+        time.sleep(chance.uniform(*PAUSES))
+        assert not stack.client.get(job.id).state.ended, f"the run was over with {len(kinds)} kills to come"
+        if strike(stack, job, kinds[0], chance):
+            kinds.pop(0)
+            struck += 1
+    ended = follow(stack.client, job, 900)
+    wall = time.monotonic() - began
+
+    assert_same_end(stack, ended, calm)
+    assert [step for step, _ in curve(stack, ended)] == list(range(1, SPEC["steps"] + 1)), "each step once"
+    seen = samples_of(stack, dataset, SPEC["steps"])
+    assert len(set(seen)) == len(seen), "and in each step samples that no other had"
+    resumes = [event for event in stack.client.events(job.id).items if event.type == "resumed"]
+    productive = running_seconds(stack, calm)
+    with capsys.disabled():
+        print(
+            f"\n{struck} kills in {wall:.0f} s: {ended.attempt} attempts, {len(resumes)} resumes; "
+            f"effective training time ratio {productive / wall:.2f} ({productive:.0f} s of training)"
+        )
+
+
+def running_seconds(stack: Stack, job: Job) -> float:
+    """Return how long a job was in the state `running`."""
+    moves = [event for event in stack.client.events(job.id, limit=1000).items if event.state is not None]
+    return sum((b.at - a.at).total_seconds() for a, b in pairwise(moves) if a.state is JobState.RUNNING)
