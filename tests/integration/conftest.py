@@ -3,10 +3,12 @@
 import logging
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from api.storage import Bucket
+from tests.integration.served import Served, control_plane
 from tests.servers import BUCKET, S3, use_store
 from tests.servers import s3_server as serve_s3
 
@@ -30,6 +32,13 @@ def storage(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def bucket(storage: str) -> Bucket:
     return Bucket(storage)
+
+
+@pytest.fixture
+def served(storage: str, tmp_path: Path) -> Iterator[Served]:
+    """A control plane that serves the bucket."""
+    with control_plane(storage, tmp_path) as serving:
+        yield serving
 
 
 @pytest.fixture(autouse=True)

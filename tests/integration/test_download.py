@@ -4,9 +4,7 @@ import json
 import logging
 import time
 import tracemalloc
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate
 from math import prod
@@ -16,10 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from api.cli import app as cli
-from api.client import Client
 from api.documents import CheckpointRef, JobDocument, Manifest, Receipt, SegmentDocument, now
 from api.download import FILES
 from api.errors import Conflict
@@ -28,11 +23,8 @@ from api.spec import TrainSpec
 from api.storage import Bucket
 from service import export
 from service.architectures import model_tensors
-from service.settings import Settings
-from service.store import Store
-from tests.fakes import ACCEPTED, row, train_spec
-from tests.integration.test_streams import serving, until
-from tests.servers import free_port
+from tests.fakes import train_spec
+from tests.integration.served import KEY, Served, until
 from tests.training import (
     dataset_layout,
     layout_of,
@@ -46,47 +38,7 @@ from tests.training import (
 from workers.model import Transformer
 from workers.restore import read_checkpoint
 
-KEY = "lk_download"
 JOB = "job-01h4x5y6z7abcdefghjk"
-
-
-@dataclass
-class Served:
-    """A control plane that serves the bucket's jobs."""
-
-    url: str
-    store: Store
-    bucket: Bucket
-    """The control plane's own."""
-    client: Client
-
-    def accept(self, spec: TrainSpec, job_id: str, segment: str, step: int) -> None:
-        end = {"segment": segment, "step": step}
-        self.store.insert(row(1, spec, id=job_id, state="succeeded", attempt=1, history_end=end), ACCEPTED, None)
-
-    def download(self, to: Path) -> Result:
-        """`lockstep download`, over a connection of its own."""
-        return CliRunner(env={"COLUMNS": "400"}).invoke(
-            cli, ["download", JOB, "--to", str(to)], obj=lambda: Client(self.url, KEY)
-        )
-
-    def pinned(self) -> bool:
-        return bool(self.store.pinned(JOB, now()))
-
-
-@pytest.fixture
-def served(storage: str, tmp_path: Path) -> Iterator[Served]:
-    (tmp_path / "key").write_text(KEY)
-    settings = Settings(
-        port=free_port(),
-        database_url=f"sqlite:///{tmp_path / 'lockstep.db'}",
-        storage=storage,
-        ray_address=f"http://127.0.0.1:{free_port()}",
-        bootstrap_key_path=tmp_path / "key",
-    )
-    url = f"http://{settings.host}:{settings.port}"
-    with serving(settings) as app, Client(url, KEY) as client:
-        yield Served(url, app.state.store, app.state.bucket, client)
 
 
 @pytest.fixture
@@ -110,7 +62,7 @@ def test_transformers_loads_a_download_and_computes_and_writes_the_same(
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     job, segment = trained
-    result = served.download(tmp_path / "model")
+    result = served.download(JOB, tmp_path / "model")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [str(tmp_path / "model" / name) for name in FILES]
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == sorted(FILES)
@@ -151,15 +103,15 @@ def test_damage_breaks_the_download_off_and_nothing_of_it_is_left(
     sound = bucket.get(part)
     rewrite(bucket, part, flip_a_weight)
     with caplog.at_level(logging.ERROR):
-        result = served.download(tmp_path / "model")
+        result = served.download(JOB, tmp_path / "model")
     assert result.exit_code == 4
     assert "model.safetensors broke off after" in result.stderr
     assert result.stdout == ""
     assert not (tmp_path / "model").exists()
     assert any("model.safetensors of step 12 breaks off" in message for message in caplog.messages)
-    until(lambda: not served.pinned())
+    until(lambda: not served.pinned(JOB))
     bucket.put(part, sound)
-    assert served.download(tmp_path / "model").exit_code == 0
+    assert served.download(JOB, tmp_path / "model").exit_code == 0
 
 
 LARGE = train_spec(model={"layers": 1, "width": 1024, "heads": 8})
@@ -236,10 +188,10 @@ def test_who_takes_slowly_is_waited_for_and_who_goes_away_lets_go(
         until(lambda: sum(read) > export.PIECE)
         time.sleep(0.5)
         assert sum(read) < large / 2
-        assert served.pinned()
+        assert served.pinned(JOB)
         with pytest.raises(Conflict, match="is being downloaded"):
             served.client.delete_checkpoint(JOB, 4)
-    until(lambda: not served.pinned())
+    until(lambda: not served.pinned(JOB))
     assert sum(read) < large / 2
     served.client.delete_checkpoint(JOB, 4)
     assert served.client.checkpoints(JOB).items == []

@@ -2,24 +2,21 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 
 from api.client import Client
 from api.errors import InvalidData, Unauthorized, Unreachable
 from api.jobs import Event, LogLine, MetricPoint, Rewind
 from api.storage import Bucket
-from service.app import create_app
 from service.rows import NewEvent
-from service.server import Server
 from service.settings import Settings
 from service.store import Store
 from tests.fakes import ACCEPTED, job_id, row
+from tests.integration.served import serving, until
 from tests.servers import free_port
 from tests.unit.service.test_run_reader import Writer
 
@@ -38,30 +35,6 @@ def settings(storage: str, tmp_path: Path) -> Settings:
         bootstrap_key_path=tmp_path / "key",
         live_interval=0.05,
     )
-
-
-@contextmanager
-def serving(settings: Settings) -> Iterator[FastAPI]:
-    """A control plane in a thread of this process; stopping it takes no longer than requests without streams do."""
-    app = create_app(settings)
-    server = Server(app, settings.host, settings.port, log_level="warning")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        until(lambda: server.started)
-        yield app
-    finally:
-        began = time.monotonic()
-        server.should_exit = True
-        thread.join()
-    assert time.monotonic() - began < 2.5, "an open stream held up the end of the server"
-
-
-def until(done: Callable[[], Any], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "this never came true"
-        time.sleep(0.02)
 
 
 class Reader(threading.Thread):
