@@ -86,10 +86,11 @@ def failure(bucket: Bucket, settings: WorkerSettings, job: JobDocument) -> str:
     return result.message
 
 
-def two_ranks(session: Session, storage: str, cache: str, job: str) -> None:
-    """Each rank with a cold cache of its own, so that both read and record each block."""
+def two_ranks(session: Session, storage: str, cache: str, job: str) -> str:
+    """Each rank with a cold cache of its own, so that both read and record each block; return what came of it."""
     settings = settings_for(storage, Path(cache) / str(session.rank))
-    train(JobDocument.model_validate_json(job), session, Bucket(storage), settings)
+    result = train(JobDocument.model_validate_json(job), session, Bucket(storage), settings)
+    return f"{result.outcome}: {result.message}"
 
 
 def test_a_bare_folder_trains_in_one_process_and_its_result_says_what_it_can(
@@ -111,14 +112,14 @@ def test_two_ranks_train_a_bare_folder_as_one_does_and_record_each_block_once(
 ) -> None:
     alone = bare_job(bucket, "alone")
     both = bare_job(bucket, "both", resources={"workers": 2})
-    run_ranks(2, tmp_path / "two", two_ranks, settings.storage, str(tmp_path / "caches"), both.model_dump_json())
+    arguments = (settings.storage, str(tmp_path / "caches"), both.model_dump_json())
+    assert run_ranks(2, tmp_path / "two", two_ranks, *arguments) == ["succeeded: trained 12 steps"] * 2
     layout = DatasetLayout(PROJECT, "web", both.dataset_version or "")
     assert len(bucket.objects(layout.prefix)) == len(SHARDS)
     train_alone(alone, bucket, settings)
-    for (step, ours), (other_step, theirs) in zip(
-        history_lines(bucket, alone), history_lines(bucket, both), strict=True
-    ):
-        assert step == other_step
+    of_one, of_two = history_lines(bucket, alone), history_lines(bucket, both)
+    assert [step for step, _ in of_one] == [step for step, _ in of_two]
+    for (_, ours), (_, theirs) in zip(of_one, of_two, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
