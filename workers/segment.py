@@ -9,6 +9,7 @@ import platform
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
@@ -114,6 +115,7 @@ def begin_segment(
 
     A job that begins at another one's checkpoint does so until it has one of its own.
     """
+    began = perf_counter()
     layout = JobLayout(job.project, job.id)
     origin = Restored(None, {}, {})
     choice: _Choice | None = None
@@ -143,8 +145,10 @@ def begin_segment(
     if agreed.point is not None and not session.leads:
         origin = read_checkpoint(bucket, layout, agreed.point)
     segment = _open(agreed, layout, bucket, session, interval, origin.step)
+    seconds = perf_counter() - began
     for event, message in notes:
-        segment.journal.event(origin.step, event, message)
+        values = {"seconds": seconds} if event == "resumed" else {}  # to choose, read and verify the checkpoint
+        segment.journal.event(origin.step, event, message, **values)
     return segment, origin
 
 

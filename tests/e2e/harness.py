@@ -69,10 +69,12 @@ class Stack:
                 continue
         return found
 
-    def ray(self, path: str) -> Any:
-        """Return what Ray's HTTP API says."""
+    def ray(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Return what Ray's HTTP API says, to a POST if there is a body."""
         token = (self.state / "ray_token").read_text().strip()
-        request = urllib.request.Request(f"{self.dashboard}{path}", headers={"Authorization": f"Bearer {token}"})
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(f"{self.dashboard}{path}", data, headers)
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)
 
