@@ -23,9 +23,10 @@ from pydantic import BaseModel, TypeAdapter
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.documents import CheckpointRef, DatasetDocument, Manifest, now
-from api.errors import Conflict, InvalidData, LockstepError, NotFound
+from api.errors import Conflict, InvalidData, LockstepError, NotFound, ObjectMissing
 from api.jobs import ModelFile
 from api.layout import CheckpointLayout, DatasetLayout, JobLayout
+from api.manifest import read_manifest
 from api.names import END_OF_TEXT
 from api.spec import TrainSpec
 from api.storage import Bucket
@@ -92,9 +93,12 @@ def open_file(bucket: Bucket, job: JobRow, at: CheckpointRef, name: ModelFile) -
     """
     spec = job.parsed_spec
     checkpoint = JobLayout(job.project, job.id).segment(at.segment).checkpoint(at.step)
-    manifest = bucket.find_document(checkpoint.manifest, Manifest)
-    if manifest is None or not isinstance(spec, TrainSpec):
+    if not isinstance(spec, TrainSpec):
         raise no_checkpoint(job.id, at.step)
+    try:
+        manifest = read_manifest(bucket, checkpoint.manifest)
+    except ObjectMissing:
+        raise no_checkpoint(job.id, at.step) from None
     match name:
         case "model.safetensors":
             return _model(bucket, spec, checkpoint, manifest)

@@ -21,10 +21,11 @@ from api.documents import (
     SegmentDocument,
     StreamLine,
 )
-from api.errors import InvalidData, InvalidSpec
+from api.errors import InvalidData, InvalidSpec, ObjectMissing
 from api.history import Span, history
 from api.jobs import Checkpoint, LogLine, MetricPoint
 from api.layout import JobLayout, SegmentId, chunk
+from api.manifest import read_manifest
 from api.storage import Bucket
 
 _LOG_PAGE = 1000
@@ -197,10 +198,9 @@ def read_checkpoints(bucket: Bucket, layout: JobLayout, end: CheckpointRef | Non
 
 def _manifest(bucket: Bucket, key: str) -> Manifest | None:
     """Return a manifest; a damaged one is no checkpoint, as it is none to a resume."""
-    try:
-        return bucket.find_document(key, Manifest)
-    except InvalidData:
-        return None
+    with suppress(ObjectMissing, InvalidData):
+        return read_manifest(bucket, key)
+    return None
 
 
 def _checkpoint(manifest: Manifest, prefix: str) -> Checkpoint:
