@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,19 +20,16 @@ from api.errors import (
 )
 from api.jobs import (
     Checkpoint,
-    Condition,
     Event,
     Job,
     JobState,
     LogLine,
     MetricPoint,
     ModelFile,
-    Origin,
     Page,
     Plan,
     Progress,
     QueueEntry,
-    Reason,
     TrainPlan,
 )
 from api.layout import JobLayout
@@ -40,6 +37,7 @@ from api.names import new_job_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
 from service.admission import Node, why_never, with_addable
+from service.answers import answer
 from service.auth import Principal
 from service.export import PIN, File, find_checkpoint, held, no_checkpoint, open_file
 from service.forks import find_origin, fork_faults, retry_spec
@@ -59,6 +57,7 @@ from service.run_reader import (
 )
 from service.settings import Settings
 from service.store import Store
+from service.verification import find_committed, verification
 
 
 class Jobs:
@@ -189,6 +188,14 @@ class Jobs:
             raise
         pieces = held(file.pieces, self._store, pin, f"job {job_id}: {name} of step {step}")
         return File(file.size, pieces, lambda: self._store.unpin(pin))
+
+    def verify(self, who: Principal, job_id: str, step: int | None) -> Generator[bytes, None, None]:
+        """Return the lines of a verification of all checkpoints, or of one step's; NotFound if there is none."""
+        row = self._row(who, job_id)
+        found = find_committed(self._bucket, row, step)
+        if step is not None and not found:
+            raise no_checkpoint(job_id, step)
+        return verification(self._bucket, self._store, row, found)
 
     def events(self, who: Principal, job_id: str, after: int, limit: int) -> Page[Event]:
         self._row(who, job_id)
@@ -369,29 +376,3 @@ def _chosen(point: MetricPoint, keys: Sequence[str] | None, from_step: int) -> M
     """Return a point with those of its values that are wanted, None if there is none."""
     values = {k: v for k, v in point.values.items() if keys is None or k in keys}
     return point.model_copy(update={"values": values}) if values and point.step >= from_step else None
-
-
-def answer(row: JobRow) -> Job:
-    """Return a row as the API shows it."""
-    return Job(
-        id=row.id,
-        name=row.name,
-        project=row.project,
-        owner=row.owner,
-        labels=row.labels,
-        state=JobState(row.state),
-        reason=Reason(row.reason) if row.reason else None,
-        message=row.message,
-        attempt=row.attempt,
-        workers=row.workers,
-        conditions=[Condition.model_validate(c) for c in row.conditions],
-        progress=Progress.model_validate(row.progress),
-        result=row.result,
-        spec=row.parsed_spec,
-        dataset_version=row.dataset_version,
-        init=Origin.model_validate(row.init) if row.init else None,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        warnings=row.warnings,
-    )
