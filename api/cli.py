@@ -1,7 +1,7 @@
 """The command `lockstep`: submit jobs and see what becomes of them.
 
-Exit codes: 0 done (or the job succeeded), 1 the job failed, 2 usage or a bad spec, 3 the job was cancelled,
-4 the control plane did not answer or had an error of its own, 130 Ctrl-C.
+Exit codes: 0 done (or the job succeeded), 1 the job failed (or a checkpoint is damaged), 2 usage or a bad spec, 3 the
+job was cancelled, 4 the control plane or its store did not answer or had an error of its own, 130 Ctrl-C.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
-from . import __version__, lookup, profile, show
+from . import __version__, lookup, profile, show, show_verification
 from .client import Client, Update
 from .documents import now
 from .download import FILES, SaveError, all_or_none, bar, choose, refuse_existing
@@ -25,7 +25,9 @@ from .specfile import SpecFileError, read_spec
 from .words import plain
 
 JOB_FAILED, BAD_REQUEST, JOB_CANCELLED, NO_SERVER, INTERRUPTED = 1, 2, 3, 4, 130
+DAMAGED = 1
 _END_CODES = {JobState.FAILED: JOB_FAILED, JobState.CANCELLED: JOB_CANCELLED}
+_VERDICT_CODES = {"well": 0, "damaged": DAMAGED, "gone": BAD_REQUEST, "unknown": NO_SERVER}
 
 
 class Output(StrEnum):
@@ -197,11 +199,34 @@ def metrics(
 
 
 @app.command()
-def checkpoints(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> None:
-    """List a job's checkpoints."""
+def checkpoints(
+    ctx: typer.Context,
+    words: Annotated[list[str], typer.Argument(metavar="JOB | verify JOB", help="The job, by id or by name.")],
+    step: Annotated[int | None, typer.Option(min=0, help="Verify only the checkpoint of this step.")] = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """List a job's checkpoints, or verify them: let the control plane read every byte; 0 only if all are well."""
+    match words:
+        case [job_id] if step is None:  # also of a job that is called `verify`
+            _list_checkpoints(ctx, job_id, output)
+        case ["verify", job_id]:
+            _verify(ctx, job_id, step, output)
+        case _:
+            raise typer.BadParameter("write `checkpoints JOB`, or `checkpoints verify JOB` with or without --step")
+
+
+def _list_checkpoints(ctx: typer.Context, job_id: str, output: Output) -> None:
     with _job(ctx, job_id) as (client, job_id):
         page = client.checkpoints(job_id)
         _print(client, output, lambda: show.checkpoints_table(page.items, now()))
+
+
+def _verify(ctx: typer.Context, job_id: str, step: int | None, output: Output) -> None:
+    with _job(ctx, job_id) as (client, job_id):
+        with show_verification.bar(Console(stderr=True)) as progress:
+            found = client.verify(job_id, step, progress)
+        _print(client, output, lambda: show_verification.verification(found))
+    raise typer.Exit(_VERDICT_CODES[found.verdict])
 
 
 @app.command()

@@ -55,6 +55,7 @@ from .json_values import beyond_json
 from .live import EVENT_KINDS, LOG_KINDS, LONGEST_PAUSE, METRIC_KINDS, Kinds, Stream
 from .spec import PrepareSpec, TrainSpec
 from .sse import MEDIA_TYPE
+from .verification import ShowChecking, Verification, read_verification
 
 T = TypeVar("T")
 Spec = Mapping[str, Any] | TrainSpec | PrepareSpec
@@ -222,14 +223,17 @@ class Client:
         checkpoint is damaged.
         """
         path = _path(job_id, "checkpoints", str(step), "files", name)
-        try:
-            with self._http.stream("GET", self.url + path, headers={"Accept-Encoding": "identity"}) as response:
-                if not response.is_success:
-                    response.read()
-                    self._refuse(response)
-                save(response, to, progress)
-        except (httpx2.RequestError, httpx2.InvalidURL) as error:
-            raise self._no_answer(error) from error
+        with self._begun(path, headers={"Accept-Encoding": "identity"}) as response:
+            save(response, to, progress)
+
+    def verify(self, job_id: str, step: int | None = None, progress: ShowChecking | None = None) -> Verification:
+        """Let the control plane read every byte of a job's checkpoints, or of one step's, and return what it found.
+
+        `progress` is called while it reads. Raises NotFound, and Unreachable if it breaks off: then nothing is certain.
+        """
+        with self._begun(_path(job_id, "verification"), {"step": step}) as response:
+            found, self.last_answer = read_verification(response, job_id, progress)
+        return found
 
     def delete_checkpoint(self, job_id: str, step: int) -> None:
         """Delete one checkpoint. Raises Conflict while something needs it."""
@@ -329,19 +333,25 @@ class Client:
     @contextmanager
     def _open(self, path: str, params: Mapping[str, Any], last_id: str | None) -> Iterator[Iterator[bytes]]:
         """Ask for a stream and give its bytes. Raises what `_call` does, and Unreachable when it breaks."""
-        given = {key: value for key, value in params.items() if value is not None}
         headers = {"Accept": MEDIA_TYPE} | ({} if last_id is None else {"Last-Event-ID": last_id})
+        with self._begun(path, params, headers) as response:
+            if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+                raise InvalidData(f"{response.url} answered with no live stream. Is the server as new as the client?")
+            yield response.iter_bytes()
+
+    @contextmanager
+    def _begun(
+        self, path: str, params: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
+    ) -> Iterator[httpx2.Response]:
+        """Ask for what comes piece by piece, and give the answer when it begins. Raises what `_open` does."""
+        given = {key: value for key, value in (params or {}).items() if value is not None}
         timeout = httpx2.Timeout(self._timeout, read=max(self._timeout, SILENCE_SECONDS))
         try:
             with self._http.stream("GET", self.url + path, params=given, headers=headers, timeout=timeout) as response:
                 if not response.is_success:
                     response.read()
                     self._refuse(response)
-                if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
-                    raise InvalidData(
-                        f"{response.url} answered with no live stream. Is the server as new as the client?"
-                    )
-                yield response.iter_bytes()
+                yield response
         except (httpx2.RequestError, httpx2.InvalidURL) as error:
             raise self._no_answer(error) from error
 

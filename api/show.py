@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
@@ -19,10 +18,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from .cells import right as _right
+from .cells import table as _table
+from .cells import text as _text
 from .client import Update
 from .jobs import Checkpoint, Event, Job, JobState, MetricPoint, PreparePlan, QueueEntry, Rewind, TrainPlan
 from .spec import PrepareSpec, ResourceSpec, TrainSpec
-from .words import duration, figure, plain, short, size
+from .words import duration, figure, short, size
 
 QUIET_SECONDS = 15.0
 """Least time between two lines of progress where there is no terminal to redraw one."""
@@ -407,26 +409,12 @@ def _workers(resources: ResourceSpec) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
-def _text(text: str, style: str = "") -> Text:
-    return Text(plain(text), style)
-
-
 def _when(at: datetime) -> str:
     return f"{at.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _ago(at: datetime, now: datetime) -> str:
     return f"{duration((now - at).total_seconds())} ago"
-
-
-def _table(*columns: Column) -> Table:
-    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
-    table.show_edge = table.pad_edge = False
-    return table
-
-
-def _right(heading: str) -> Column:
-    return Column(_text(heading), no_wrap=True, justify="right")
 
 
 def _grid() -> Table:

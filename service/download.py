@@ -1,7 +1,8 @@
-"""A file as an HTTP answer: read piece by piece in a few threads, as fast as the client takes them."""
+"""Answers that are read piece by piece in a few threads, as fast as the client takes them: files, and lines."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import suppress
+from typing import Any
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 from fastapi.responses import StreamingResponse
@@ -9,38 +10,68 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Receive, Scope, Send
 
 from api.errors import LockstepError
+from api.verification import MEDIA_TYPE
 from service.export import File
 
 _READERS = CapacityLimiter(8)
 """Pieces that are read at once: slow downloads must not take the threads of the other routes, nor the memory."""
 
 
-class Download(StreamingResponse):
-    """An answer that ends short of its length where its pieces break off, which closes the connection."""
+LINES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Lines of JSON: how far it is (`type: progress`), and at last the verdict (`type: verdict`). "
+        "An answer that ends without that broke off",
+        "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
+    }
+}
+"""What OpenAPI shall say of an answer in lines."""
 
-    def __init__(self, file: File, name: str) -> None:
-        headers = {"Content-Length": str(file.size), "Content-Disposition": f'attachment; filename="{name}"'}
-        super().__init__(_pieces(file), headers=headers, media_type="application/octet-stream")
-        self._file = file
+
+class Piecewise(StreamingResponse):
+    """An answer made of pieces; `release` lets go of what keeps them, at the end, also if no piece was ever taken."""
+
+    def __init__(
+        self,
+        pieces: Generator[bytes, None, None],
+        media_type: str,
+        headers: dict[str, str],
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(_read(pieces), headers=headers, media_type=media_type)
+        self._pieces, self._release = pieces, release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             with CancelScope(shield=True):  # also when the client is gone, even before the first piece
-                await to_thread.run_sync(close, self._file)
+                await to_thread.run_sync(self._close)
 
     async def stream_response(self, send: Send) -> None:
         with suppress(LockstepError):  # it is logged; raised, it would be again, as a bug and with a traceback
             await super().stream_response(send)
 
+    def _close(self) -> None:
+        self._pieces.close()
+        with suppress(SQLAlchemyError):  # what keeps the content ends by itself
+            self._release()
 
-async def _pieces(file: File) -> AsyncIterator[bytes]:
-    while piece := await to_thread.run_sync(next, file.pieces, b"", limiter=_READERS):
+
+class Download(Piecewise):
+    """A file: an answer that ends short of its length where its pieces break off, which closes the connection."""
+
+    def __init__(self, file: File, name: str) -> None:
+        headers = {"Content-Length": str(file.size), "Content-Disposition": f'attachment; filename="{name}"'}
+        super().__init__(file.pieces, "application/octet-stream", headers, file.release)
+
+
+class Lines(Piecewise):
+    """Lines of JSON as they come: no proxy shall collect them, and none keep them."""
+
+    def __init__(self, lines: Generator[bytes, None, None]) -> None:
+        super().__init__(lines, MEDIA_TYPE, {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+
+async def _read(pieces: Generator[bytes, None, None]) -> AsyncIterator[bytes]:
+    while piece := await to_thread.run_sync(next, pieces, b"", limiter=_READERS):
         yield piece
-
-
-def close(file: File) -> None:
-    file.pieces.close()
-    with suppress(SQLAlchemyError):  # what keeps the content ends by itself
-        file.release()

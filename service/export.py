@@ -17,15 +17,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.documents import CheckpointRef, DatasetDocument, Manifest, now
-from api.errors import Conflict, InvalidData, LockstepError, NotFound
+from api.errors import Conflict, InvalidData, LockstepError, NotFound, ObjectMissing
 from api.jobs import ModelFile
 from api.layout import CheckpointLayout, DatasetLayout, JobLayout
+from api.manifest import read_manifest
 from api.names import END_OF_TEXT
 from api.spec import TrainSpec
 from api.storage import Bucket
@@ -35,6 +36,7 @@ from service.run_reader import read_history
 from service.store import Store
 
 logger = logging.getLogger("lockstep.service")
+T = TypeVar("T")
 
 PIECE = 8 * 2**20
 """Bytes that are read and sent at once."""
@@ -92,9 +94,12 @@ def open_file(bucket: Bucket, job: JobRow, at: CheckpointRef, name: ModelFile) -
     """
     spec = job.parsed_spec
     checkpoint = JobLayout(job.project, job.id).segment(at.segment).checkpoint(at.step)
-    manifest = bucket.find_document(checkpoint.manifest, Manifest)
-    if manifest is None or not isinstance(spec, TrainSpec):
+    if not isinstance(spec, TrainSpec):
         raise no_checkpoint(job.id, at.step)
+    try:
+        manifest = read_manifest(bucket, checkpoint.manifest)
+    except ObjectMissing:
+        raise no_checkpoint(job.id, at.step) from None
     match name:
         case "model.safetensors":
             return _model(bucket, spec, checkpoint, manifest)
@@ -183,7 +188,7 @@ def _stored(bucket: Bucket, checkpoint: CheckpointLayout, manifest: Manifest) ->
     found = {}
     for part in manifest.parts:
         key = checkpoint.prefix + part.name
-        data, entries = _read_header(bucket, key, part.size)
+        data, entries = read_header(bucket, key, part.size)
         for name, entry in entries.items():
             if not name.startswith(_MODEL):
                 continue
@@ -202,7 +207,7 @@ def _stored(bucket: Bucket, checkpoint: CheckpointLayout, manifest: Manifest) ->
     return found
 
 
-def _read_header(bucket: Bucket, key: str, size: int) -> tuple[int, dict[str, _Entry]]:
+def read_header(bucket: Bucket, key: str, size: int) -> tuple[int, dict[str, _Entry]]:
     """Return where the tensors of a safetensors file begin, and its tensors; InvalidData if the bytes are no header."""
     length = int.from_bytes(bucket.get_range(key, 0, 8), "little")
     if length > min(_HEADER_LIMIT, size - 8):
@@ -211,7 +216,7 @@ def _read_header(bucket: Bucket, key: str, size: int) -> tuple[int, dict[str, _E
         entries = json.loads(bucket.get_range(key, 8, length))
         entries.pop("__metadata__", None)
         return 8 + length, _HEADER.validate_python(entries)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidData(f"{key} has a header that is not one of safetensors") from error
 
 
@@ -253,7 +258,7 @@ def _tokenizer_config(tokenizer: bytes, spec: TrainSpec) -> dict[str, Any]:
     }
 
 
-def held(pieces: Iterator[bytes], store: Store, pin: str, what: str) -> Generator[bytes, None, None]:
+def held(pieces: Iterator[T], store: Store, pin: str, what: str) -> Generator[T, None, None]:
     """Yield the pieces, and renew the pin on their checkpoint meanwhile. `what` is for the log."""
     until = now() + PIN
     try:

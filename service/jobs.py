@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,19 +20,16 @@ from api.errors import (
 )
 from api.jobs import (
     Checkpoint,
-    Condition,
     Event,
     Job,
     JobState,
     LogLine,
     MetricPoint,
     ModelFile,
-    Origin,
     Page,
     Plan,
     Progress,
     QueueEntry,
-    Reason,
     TrainPlan,
 )
 from api.layout import JobLayout
@@ -40,6 +37,7 @@ from api.names import new_job_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
 from service.admission import Node, why_never, with_addable
+from service.answers import answer
 from service.auth import Principal
 from service.export import PIN, File, find_checkpoint, held, no_checkpoint, open_file
 from service.forks import find_origin, fork_faults, retry_spec
@@ -49,7 +47,7 @@ from service.plan import plan_prepare, plan_train
 from service.ray_backend import RayBackend, RayUnreachable
 from service.render import submission
 from service.retention import gone, remove
-from service.rows import IdempotencyRecord, JobFilter, JobRow, NewEvent
+from service.rows import IdempotencyRecord, JobFilter, JobRow, NewEvent, Replay
 from service.run_reader import (
     LogReader,
     read_checkpoints,
@@ -59,6 +57,7 @@ from service.run_reader import (
 )
 from service.settings import Settings
 from service.store import Store
+from service.verification import find_committed, verification
 
 
 class Jobs:
@@ -78,17 +77,10 @@ class Jobs:
 
         `body` is the request as parsed, before defaults: the same idempotency key with another body is refused.
         """
-        record = None
-        if idempotency_key is not None:
-            digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-            record = IdempotencyRecord(who.key_id, idempotency_key, digest)
-            if (replay := self._store.replay(who.key_id, idempotency_key)) is not None:
-                return self._replayed(replay.job, replay.body_sha256, record), False
-        job = self._new_row(who, spec)
-        if (first := self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record)) is not None:
-            assert record is not None
-            return self._replayed(first.job, first.body_sha256, record), False
-        return answer(job), True
+        record = _record(who, body, idempotency_key)
+        if (job := self._replay(record)) is not None:
+            return job, False
+        return self._accept(who, spec, record)
 
     def get(self, who: Principal, job_id: str) -> Job:
         return answer(self._row(who, job_id))
@@ -137,15 +129,24 @@ class Jobs:
             raise InvalidSpec(why, errors=[Fault(path="$.workers", message=why)])
 
     def retry(self, who: Principal, job_id: str, idempotency_key: str | None) -> tuple[Job, bool]:
-        """Accept a new job that goes on from an ended job's newest checkpoint; a terminal state is never left."""
+        """Accept a new job that goes on from an ended job's newest checkpoint; a terminal state is never left.
+
+        One that was accepted before is answered whatever has become of the ended job since, and of the bucket.
+        """
+        record = _record(who, {"retry": job_id}, idempotency_key)
+        if (job := self._replay(record)) is not None:
+            return job, False
         row = self._row(who, job_id)
         if row.state not in (JobState.FAILED, JobState.CANCELLED):
             raise Conflict(f"job {job_id} is {row.state}; only one that failed or was cancelled can be retried")
+        return self._accept(who, self._once_more(who, row), record)
+
+    def _once_more(self, who: Principal, row: JobRow) -> TrainSpec | PrepareSpec:
         if isinstance(row.parsed_spec, PrepareSpec):
-            return self.submit(who, row.parsed_spec, {"retry": job_id}, idempotency_key)
-        written = self.checkpoints(who, job_id).items
+            return row.parsed_spec
+        written = self.checkpoints(who, row.id).items
         newest = CheckpointRef(segment=written[-1].segment, step=written[-1].step) if written else None
-        return self.submit(who, retry_spec(row, newest), {"retry": job_id}, idempotency_key)
+        return retry_spec(row, newest)
 
     def queue(self, who: Principal) -> Page[QueueEntry]:
         """Return the line of waiting jobs, who is next first."""
@@ -187,6 +188,14 @@ class Jobs:
             raise
         pieces = held(file.pieces, self._store, pin, f"job {job_id}: {name} of step {step}")
         return File(file.size, pieces, lambda: self._store.unpin(pin))
+
+    def verify(self, who: Principal, job_id: str, step: int | None) -> Generator[bytes, None, None]:
+        """Return the lines of a verification of all checkpoints, or of one step's; NotFound if there is none."""
+        row = self._row(who, job_id)
+        found = find_committed(self._bucket, row, step)
+        if step is not None and not found:
+            raise no_checkpoint(job_id, step)
+        return verification(self._bucket, self._store, row, found)
 
     def events(self, who: Principal, job_id: str, after: int, limit: int) -> Page[Event]:
         self._row(who, job_id)
@@ -246,13 +255,19 @@ class Jobs:
         end = CheckpointRef.model_validate(row.history_end) if row.history_end else None
         return JobLayout(row.project, row.id), end
 
-    def _replayed(self, job: JobRow, body_sha256: str, record: IdempotencyRecord) -> Job:
-        if body_sha256 != record.body_sha256:
-            raise IdempotencyMismatch(
-                f"the idempotency key {record.key!r} was used for another request, which made {job.id}; "
-                "use a new key for a new job"
-            )
-        return answer(job)
+    def _replay(self, record: IdempotencyRecord | None) -> Job | None:
+        """Return the job that the same request made before, from the database alone."""
+        found = self._store.replay(record.principal, record.key) if record is not None else None
+        return None if record is None or found is None else _replayed(found, record)
+
+    def _accept(
+        self, who: Principal, spec: TrainSpec | PrepareSpec, record: IdempotencyRecord | None
+    ) -> tuple[Job, bool]:
+        job = self._new_row(who, spec)
+        if (first := self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record)) is not None:
+            assert record is not None
+            return _replayed(first, record), False
+        return answer(job), True
 
     def _new_row(self, who: Principal, spec: TrainSpec | PrepareSpec) -> JobRow:
         job_id, created = new_job_id(), now()
@@ -329,6 +344,22 @@ class Jobs:
             return None
 
 
+def _record(who: Principal, body: Any, key: str | None) -> IdempotencyRecord | None:
+    """Return what is to be kept of a request with an idempotency key."""
+    if key is None:
+        return None
+    return IdempotencyRecord(who.key_id, key, hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
+
+
+def _replayed(found: Replay, record: IdempotencyRecord) -> Job:
+    if found.body_sha256 != record.body_sha256:
+        raise IdempotencyMismatch(
+            f"the idempotency key {record.key!r} was used for another request, which made {found.job.id}; "
+            "use a new key for a new job"
+        )
+    return answer(found.job)
+
+
 def _condition(row: JobRow) -> str:
     """Say where a job is, whatever has become of the wish to cancel it."""
     ended = JobState(row.state).ended
@@ -345,29 +376,3 @@ def _chosen(point: MetricPoint, keys: Sequence[str] | None, from_step: int) -> M
     """Return a point with those of its values that are wanted, None if there is none."""
     values = {k: v for k, v in point.values.items() if keys is None or k in keys}
     return point.model_copy(update={"values": values}) if values and point.step >= from_step else None
-
-
-def answer(row: JobRow) -> Job:
-    """Return a row as the API shows it."""
-    return Job(
-        id=row.id,
-        name=row.name,
-        project=row.project,
-        owner=row.owner,
-        labels=row.labels,
-        state=JobState(row.state),
-        reason=Reason(row.reason) if row.reason else None,
-        message=row.message,
-        attempt=row.attempt,
-        workers=row.workers,
-        conditions=[Condition.model_validate(c) for c in row.conditions],
-        progress=Progress.model_validate(row.progress),
-        result=row.result,
-        spec=row.parsed_spec,
-        dataset_version=row.dataset_version,
-        init=Origin.model_validate(row.init) if row.init else None,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        warnings=row.warnings,
-    )

@@ -13,12 +13,13 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.documents import CheckpointRef, Manifest, SegmentDocument
+from api.documents import CheckpointRef, SegmentDocument
 from api.documents import now as present
 from api.errors import InvalidData, LockstepError, StorageDenied, StorageUnavailable
 from api.history import history, newest
 from api.jobs import JobState
 from api.layout import JobLayout, SegmentId
+from api.manifest import read_manifest
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
 from service.periodic import Periodic
@@ -236,7 +237,7 @@ class Retention:
         """Read a manifest, once. One that cannot be read is neither counted nor deleted: a newer version may."""
         if at not in memory.eval_losses:
             try:
-                memory.eval_losses[at] = self._bucket.get_document(manifest, Manifest).metrics.get("eval_loss")
+                memory.eval_losses[at] = read_manifest(self._bucket, manifest).metrics.get("eval_loss")
             except InvalidData:
                 return False
         return True

@@ -29,7 +29,7 @@ from api.jobs import (
 from api.names import JOB_ID, Name
 from api.spec import JobSpec, LabelFilter
 from service.auth import Principal, authenticate
-from service.download import Download
+from service.download import LINES, Download, Lines
 from service.jobs import Jobs
 from service.live import EVENT_ID, METRIC_ID, Feed
 from service.problems import problem_responses
@@ -348,6 +348,26 @@ def download_file(who: Who, use: UseCases, job_id: JobId, step: Step, name: Mode
     Weights are verified while they are sent; where they are damaged, the answer breaks off short of its length.
     """
     return Download(use.download(who, job_id, step, name), name)
+
+
+@router.get(
+    "/jobs/{job_id}/verification",
+    response_class=Response,
+    responses={**LINES, **problem_responses(NotFound)},
+    tags=["runs"],
+)
+def verify_checkpoints(
+    who: Who,
+    use: UseCases,
+    job_id: JobId,
+    step: Annotated[int | None, Query(ge=0, le=2**53, description="Only the checkpoint of this step")] = None,
+) -> Response:
+    """Read every byte of a job's checkpoints and compare it with what was written.
+
+    The verdict says of each checkpoint whether it is `well`, `damaged` (which objects are missing, short or altered,
+    and which tensors of the model in them), `gone` (deleted meanwhile), or `unknown`, since the store did not answer.
+    """
+    return Lines(use.verify(who, job_id, step))
 
 
 @router.get(

@@ -21,10 +21,11 @@ from api.documents import (
     SegmentDocument,
     StreamLine,
 )
-from api.errors import InvalidData, InvalidSpec
+from api.errors import InvalidData, InvalidSpec, ObjectMissing
 from api.history import Span, history
 from api.jobs import Checkpoint, LogLine, MetricPoint
 from api.layout import JobLayout, SegmentId, chunk
+from api.manifest import read_manifest
 from api.storage import Bucket
 
 _LOG_PAGE = 1000
@@ -185,22 +186,27 @@ def thinned(points: list[MetricPoint], max_points: int | None) -> list[MetricPoi
 def read_checkpoints(bucket: Bucket, layout: JobLayout, end: CheckpointRef | None) -> list[Checkpoint]:
     """Return the committed checkpoints on the job's history, oldest first."""
     found = []
-    for span in read_history(bucket, layout, end):
-        segment = layout.segment(span.segment)
-        steps = sorted(int(n.removeprefix("step-")) for n in bucket.folders(segment.prefix) if n.startswith("step-"))
-        for step in steps:
-            manifest = _manifest(bucket, segment.checkpoint(step).manifest) if span.contains(step) else None
-            if manifest is not None:
-                found.append(_checkpoint(manifest, segment.checkpoint(step).prefix))
+    for at in read_begun(bucket, layout, end):
+        checkpoint = layout.segment(at.segment).checkpoint(at.step)
+        manifest = _manifest(bucket, checkpoint.manifest)
+        if manifest is not None:
+            found.append(_checkpoint(manifest, checkpoint.prefix))
     return found
+
+
+def read_begun(bucket: Bucket, layout: JobLayout, end: CheckpointRef | None) -> Iterator[CheckpointRef]:
+    """Yield the checkpoints on the job's history, oldest first; which of them are complete is not looked at."""
+    for span in read_history(bucket, layout, end):
+        names = bucket.folders(layout.segment(span.segment).prefix)
+        steps = sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+        yield from (CheckpointRef(segment=span.segment, step=step) for step in steps if span.contains(step))
 
 
 def _manifest(bucket: Bucket, key: str) -> Manifest | None:
     """Return a manifest; a damaged one is no checkpoint, as it is none to a resume."""
-    try:
-        return bucket.find_document(key, Manifest)
-    except InvalidData:
-        return None
+    with suppress(ObjectMissing, InvalidData):
+        return read_manifest(bucket, key)
+    return None
 
 
 def _checkpoint(manifest: Manifest, prefix: str) -> Checkpoint:

@@ -17,9 +17,9 @@ from time import perf_counter
 from api.documents import Manifest, Receipt, now
 from api.errors import InvalidData, SnapshotFailed, StorageUnavailable
 from api.layout import CheckpointLayout, JobLayout
+from api.manifest import sealed
 from api.storage import Bucket
 from workers.failpoints import failpoint
-from workers.manifest import sealed
 from workers.restore import pieces
 from workers.session import Session
 from workers.snapshot import Snapshot, State, part_of

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from api.documents import FaultDocument
-from api.errors import StorageDenied, StorageUnavailable
+from api.errors import SnapshotFailed, StorageDenied, StorageUnavailable
 from api.jobs import Reason
 
 OWN = frozenset({Reason.WORKER_ERROR, Reason.OUT_OF_MEMORY})
@@ -54,7 +54,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _known(error: BaseException) -> Reason | None:
     text = str(error)
     match error:
-        case MemoryError() | torch.OutOfMemoryError():
+        case MemoryError() | torch.OutOfMemoryError() | SnapshotFailed():
             return Reason.OUT_OF_MEMORY
         case OSError() if error.errno == errno.ENOMEM:
             return Reason.OUT_OF_MEMORY

@@ -29,7 +29,7 @@ from api.layout import JobLayout, SegmentId
 from api.spec import TrainSpec
 from api.storage import Bucket
 from workers.attempt import log_to_stderr
-from workers.patience import PatientBucket
+from workers.patience import patient_bucket
 from workers.restore import read_segments
 from workers.session import Session
 from workers.settings import WorkerSettings
@@ -41,7 +41,7 @@ def main() -> int:
     job, spec = parse_job()
     log_to_stderr()
     settings = WorkerSettings()
-    bucket = PatientBucket(settings.storage, settings.storage_patience)
+    bucket = patient_bucket(settings)
     with process_group(spec) as session:
         attempt = session.broadcast(next_attempt(bucket, job) if session.leads else None)
         result = train(job, replace(session, attempt=attempt), bucket, settings)

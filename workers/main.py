@@ -24,7 +24,7 @@ from api.spec import ResourceSpec, TrainSpec
 from api.storage import Bucket, Timeouts
 from workers.attempt import NOT_OURS, Attempt, claim, log_to_stderr, parse_arguments
 from workers.lost import give_notice, note_lost
-from workers.patience import PatientBucket
+from workers.patience import patient_bucket
 from workers.ray_session import GroupWatcher, connect, current_session, reason_of_death
 from workers.settings import WorkerSettings
 from workers.train import train
@@ -43,7 +43,7 @@ def main() -> int:
     """Run the attempt named on the command line."""
     log_to_stderr()
     arguments, settings = parse_arguments(), WorkerSettings()
-    bucket = PatientBucket(settings.storage, settings.storage_patience)
+    bucket = patient_bucket(settings)
     attempt = claim(bucket, arguments.project, arguments.job, arguments.attempt, connect)
     if attempt is None:
         return NOT_OURS
@@ -119,7 +119,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """Run on every rank."""
     settings = WorkerSettings()
     job = JobDocument.model_validate_json(config["job"])
-    bucket = PatientBucket(settings.storage, settings.storage_patience)
+    bucket = patient_bucket(settings)
     try:
         result = train(job, current_session(job, config["attempt"]), bucket, settings)
     except Exception:

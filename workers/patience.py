@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from api.errors import LockstepError, ObjectMissing, StorageDenied, StorageError, StorageUnavailable
 from api.storage import Bucket, Timeouts
+from workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -122,3 +123,14 @@ class PatientBucket(Bucket):
             began, self._announced, self.away_since = self._announced, None, None
         if began is not None:
             logger.info("the store answers again, after %.0f s", self._clock() - began)
+
+
+def patient_bucket(
+    settings: WorkerSettings,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] | None = None,
+) -> PatientBucket:
+    """Return the bucket of the settings, as patient as they say."""
+    return PatientBucket(
+        settings.storage, settings.storage_patience, settings.denied_patience, clock=clock, sleep=sleep
+    )

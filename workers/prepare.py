@@ -23,7 +23,7 @@ from api.storage import Bucket
 from workers.attempt import NOT_OURS, Attempt, claim, log_to_stderr, parse_arguments
 from workers.control import Control, Halt
 from workers.corpus import TextDocument, read_documents, split
-from workers.patience import PatientBucket
+from workers.patience import patient_bucket
 from workers.ray_session import connect
 from workers.segment import Segment, begin_segment
 from workers.session import Session
@@ -38,7 +38,7 @@ def main() -> int:
     log_to_stderr()
     arguments = parse_arguments()
     settings = WorkerSettings()
-    bucket = PatientBucket(settings.storage, settings.storage_patience)
+    bucket = patient_bucket(settings)
     attempt = claim(bucket, arguments.project, arguments.job, arguments.attempt, connect)
     if attempt is None:
         return NOT_OURS

@@ -17,8 +17,8 @@ from api.documents import CheckpointRef, Receipt, SegmentDocument
 from api.errors import InvalidData, ObjectMissing
 from api.history import history
 from api.layout import JobLayout
+from api.manifest import read_manifest
 from api.storage import Bucket
-from workers.manifest import read_manifest
 from workers.snapshot import Entry, State, bytes_of, parse_header
 
 T = TypeVar("T")

@@ -40,6 +40,8 @@ class WorkerSettings:
     """The longest standstill before the first step, in a compilation and while a sample is generated."""
     storage_patience: float = field(default_factory=lambda: _seconds("LOCKSTEP_STORAGE_PATIENCE", 3600.0))
     """How long a worker waits for a store that does not answer; then it ends, and is started again later."""
+    denied_patience: float = field(default_factory=lambda: _seconds("LOCKSTEP_DENIED_PATIENCE", 300.0))
+    """How long it waits for a store that refuses its credentials, which do not come back soon without a person."""
     receipt_timeout: float = field(default_factory=lambda: _seconds("LOCKSTEP_RECEIPT_TIMEOUT", 600.0))
     """How long rank 0 waits for the other ranks' parts of a checkpoint."""
     peak_seconds: float = field(default_factory=lambda: _seconds("LOCKSTEP_PEAK_SECONDS", 0.3))

@@ -13,7 +13,7 @@ from api.jobs import JobState
 from api.spec import TrainSpec, job_spec_adapter
 from api.storage import Bucket
 from service.admission import bundles
-from service.jobs import answer
+from service.answers import answer
 from service.line import claim
 from service.reconciler import view
 from service.render import submission

@@ -163,6 +163,7 @@ def test_plan_asks_for_a_dry_run_and_knows_both_kinds() -> None:
 
 
 METRICS = f"GET /v1/jobs/{ID}/metrics"
+VERDICT = httpx2.Response(200, content=b'{"type":"verdict","verdict":"well","checkpoints":[]}\n')
 CALLS: list[tuple[Callable[[Client], object], str, Any]] = [
     (lambda c: c.get(ID), f"GET /v1/jobs/{ID}", job()),
     (lambda c: c.list(), "GET /v1/jobs?limit=50", page()),
@@ -183,6 +184,7 @@ CALLS: list[tuple[Callable[[Client], object], str, Any]] = [
     (lambda c: c.metrics(ID), f"{METRICS}?from_step=0", page()),
     (lambda c: c.metrics(ID, ["a", "b"], 5, 9), f"{METRICS}?keys=a%2Cb&from_step=5&max_points=9", page()),
     (lambda c: c.checkpoints(ID), f"GET /v1/jobs/{ID}/checkpoints", page()),
+    (lambda c: c.verify(ID, 4), f"GET /v1/jobs/{ID}/verification?step=4", VERDICT),
     (lambda c: c.delete_checkpoint(ID, 400), f"DELETE /v1/jobs/{ID}/checkpoints/400", httpx2.Response(204)),
     (lambda c: c.logs(ID, 0, "c2"), f"GET /v1/jobs/{ID}/logs?rank=0&cursor=c2", page()),
     (lambda c: c.ready(), "GET /readyz", {"ready": True, "checks": {}}),

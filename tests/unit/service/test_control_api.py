@@ -217,6 +217,34 @@ def test_a_retry_with_a_key_makes_one_job(service: Service) -> None:
     assert len(service.store.live()) == 3
 
 
+def lose(service: Service, what: str) -> None:
+    """Take away what a retry of job 1 stands on, once it was accepted."""
+    match what:
+        case "bucket":
+            service.bucket.reachable = False
+        case "Ray":
+            service.ray.reachable = False
+        case "checkpoints":
+            service.bucket.delete([item.key for item in service.bucket.objects(JobLayout("default", job_id(1)).prefix)])
+        case "dataset":
+            service.bucket.delete([item.key for item in service.bucket.objects("default/datasets/")])
+        case "job":
+            assert service.client.delete(f"/v1/jobs/{job_id(1)}").status_code == 204
+
+
+@pytest.mark.parametrize("kind", ["training", "preparation"])
+@pytest.mark.parametrize("lost", ["bucket", "Ray", "checkpoints", "dataset", "job"])
+def test_a_retry_that_was_accepted_is_answered_whatever_is_lost_since(service: Service, kind: str, lost: str) -> None:
+    put(service, state="failed", attempt=1, spec=prepare_spec() if kind == "preparation" else None)
+    checkpoint(service, 1, 4)
+    first = service.ask(1, "retry", key="once")
+    assert first.status_code == 201
+    lose(service, lost)
+    again = service.ask(1, "retry", key="once")
+    assert (again.status_code, again.json()) == (200, first.json())
+    assert len(service.store.live()) == 1
+
+
 @pytest.mark.parametrize("state", ["queued", "running", "paused", "succeeded"])
 def test_only_what_failed_or_was_cancelled_can_be_retried(service: Service, state: str) -> None:
     put(service, state=state)

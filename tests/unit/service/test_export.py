@@ -363,6 +363,15 @@ def test_only_a_complete_checkpoint_is_handed_out() -> None:
             made.open(name)
 
 
+def test_a_manifest_whose_seal_does_not_fit_is_damage() -> None:
+    """Be it in a hash: what would be compared with it is not what was written."""
+    made = Checkpointed()
+    stored = made.bucket.content[made.manifest_key]
+    made.bucket.content[made.manifest_key] = stored.replace(b'"world_size":3', b'"world_size":7')
+    with pytest.raises(InvalidData, match="its seal does not fit"):
+        made.open("model.safetensors")
+
+
 def test_a_tensor_whose_name_was_damaged_is_damage_and_no_old_checkpoint() -> None:
     made = Checkpointed(world_size=1)
     [part] = made.parts

@@ -237,6 +237,21 @@ def test_a_fork_that_is_sent_again_with_its_key_keeps_one_pin(service: Service) 
     assert pinned(service) == set()
 
 
+@pytest.mark.parametrize("lost", ["bucket", "checkpoint", "source"])
+def test_a_fork_that_was_accepted_is_answered_whatever_is_lost_since(service: Service, lost: str) -> None:
+    job = source(service, "1-0-a@4", state="failed")
+    first = service.post({**BODY, **FROM}, key="once")
+    assert first.status_code == 201
+    if lost == "bucket":
+        service.bucket.reachable = False
+    elif lost == "checkpoint":
+        service.bucket.delete([item.key for item in service.bucket.objects(JobLayout("default", job.id).prefix)])
+    else:
+        assert service.store.apply(job, {"deleted_at": T0}) is not None
+    again = service.post({**BODY, **FROM}, key="once")
+    assert (again.status_code, again.json()) == (200, first.json())
+
+
 def test_a_checkpoint_that_is_just_being_deleted_is_refused_and_no_job_is_made(service: Service) -> None:
     job = source(service, "1-0-a@4")
     assert service.store.doom(job, ref("1-0-a@4"), T0)

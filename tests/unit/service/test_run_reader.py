@@ -1,6 +1,7 @@
 """What the workers left is read along the history: once each, in order, resumable anywhere."""
 
 import base64
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -22,6 +23,7 @@ from api.documents import (
 from api.errors import InvalidSpec
 from api.jobs import LogLine, MetricPoint, Reason
 from api.layout import JobLayout, chunk
+from api.manifest import sealed
 from api.storage import Bucket
 from service.progress import read_progress
 from service.run_reader import (
@@ -232,6 +234,24 @@ def test_checkpoints_are_those_on_the_history_with_a_manifest() -> None:
     assert found[0].prefix == first.layout.checkpoint(10).prefix
     ended = read_checkpoints(bucket, LAYOUT, CheckpointRef(segment="1-1-b", step=35))
     assert [c.step for c in ended] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda stored: stored[:-1], lambda stored: b"", lambda stored: stored.replace(b'"step":20', b'"step":21')],
+    ids=["cut", "empty", "one figure"],
+)
+def test_a_damaged_manifest_is_no_checkpoint_as_it_is_none_to_a_resume(damage: Callable[[bytes], bytes]) -> None:
+    bucket = MemoryBucket()
+    writer = Writer(bucket, "1-0-a")
+    for step in (10, 20):
+        writer.checkpoint(step)
+    key = writer.layout.checkpoint(20).manifest
+    whole = sealed(bucket.get_document(key, Manifest))
+    bucket.put(key, whole)
+    assert [c.step for c in read_checkpoints(bucket, LAYOUT, None)] == [10, 20]
+    bucket.put(key, damage(whole))
+    assert [c.step for c in read_checkpoints(bucket, LAYOUT, None)] == [10]
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.distributed import DistBackendError, DistError, DistNetworkError, DistStoreError
 
 from api.documents import FaultDocument
-from api.errors import InvalidData, ObjectMissing, StorageDenied, StorageUnavailable
+from api.errors import InvalidData, ObjectMissing, SnapshotFailed, StorageDenied, StorageUnavailable
 from api.jobs import Reason
 from workers.faults import SegmentEnd, cause_of, crash_loop, reason_of
 
@@ -44,6 +44,11 @@ def caused(error: Exception, cause: BaseException) -> Exception:
         ),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), Reason.OUT_OF_MEMORY),
         (DistBackendError(NCCL + "unhandled cuda error … Cuda failure 2 'out of memory'"), Reason.OUT_OF_MEMORY),
+        (
+            SnapshotFailed("the checkpoint of step 8 cannot be taken: a worker has no memory for a snapshot of 9 MiB"),
+            Reason.OUT_OF_MEMORY,
+        ),
+        (caused(SnapshotFailed("no memory for a snapshot"), RuntimeError("of an allocator")), Reason.OUT_OF_MEMORY),
         (StorageUnavailable("the store did not answer for s3://b/k"), Reason.STORAGE_UNAVAILABLE),
         (StorageDenied("the store refused access"), Reason.STORAGE_UNAVAILABLE),
         (RuntimeError(GLOO + "Connection closed by peer [127.0.0.1]:1. This is typically …"), Reason.WORKER_LOST),

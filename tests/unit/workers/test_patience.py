@@ -9,9 +9,11 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api import storage
 from api.errors import InvalidData, ObjectMissing, StorageDenied, StorageError, StorageUnavailable
 from api.storage import Bucket, Timeouts
-from workers.patience import Failure, PatientBucket
+from workers.patience import Failure, PatientBucket, patient_bucket
+from workers.settings import WorkerSettings
 
 ONE_TRY = Timeouts(attempts=1)
 AWAY = EndpointConnectionError(endpoint_url="http://nowhere", error=None)
@@ -89,6 +91,32 @@ def test_patience_ends_with_the_last_error(
         bucket.put("key", b"")
     assert clock.now == 1000 + patience
     assert bucket.away_since == 1000
+
+
+@pytest.mark.parametrize(
+    ("environment", "error", "patience"),
+    [
+        ({}, AWAY, 3600),
+        ({}, refusal("ExpiredToken"), 300),
+        ({"LOCKSTEP_STORAGE_PATIENCE": "40"}, AWAY, 40),
+        ({"LOCKSTEP_DENIED_PATIENCE": "20.5"}, refusal("ExpiredToken"), 20.5),
+        ({"LOCKSTEP_DENIED_PATIENCE": "7000"}, refusal("ExpiredToken"), 3600),
+    ],
+)
+def test_a_workers_patience_is_what_its_environment_says(
+    environment: dict[str, str], error: Exception, patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCKSTEP_STORAGE_PATIENCE", "LOCKSTEP_DENIED_PATIENCE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"LOCKSTEP_STORAGE": "s3://nowhere", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Bucket, "_connect", lambda self: Client(error))
+    monkeypatch.setattr(storage, "sleep", lambda seconds: None)  # between the tries of one request
+    clock = Clock()
+    bucket = patient_bucket(WorkerSettings(), lambda: clock.now, clock.sleep)
+    with pytest.raises(StorageError, match="nowhere/key"):
+        bucket.put("key", b"")
+    assert clock.now == pytest.approx(1000 + patience)
 
 
 def test_a_refusal_at_the_end_of_an_outage_has_its_own_patience(monkeypatch: pytest.MonkeyPatch) -> None:

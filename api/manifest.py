@@ -1,7 +1,7 @@
 """`manifest.json` as bytes: sealed, so that a single changed bit is noticed, be it in a figure that nothing checks.
 
 The seal is one more field at the end of the JSON object: the sha256 of every byte before it. Readers that know only
-the document ignore it.
+the document ignore it. For control plane and workers, like the bucket itself.
 """
 
 import hashlib
@@ -9,9 +9,9 @@ import re
 
 from pydantic import ValidationError
 
-from api.documents import Manifest
-from api.errors import InvalidData
-from api.storage import Bucket
+from .documents import Manifest
+from .errors import InvalidData
+from .storage import Bucket
 
 _SEAL = b',"sha256":"'
 _UNSEALED = re.compile(rb'"created_at":"[^"]*"}$')
@@ -33,4 +33,5 @@ def read_manifest(bucket: Bucket, key: str) -> Manifest:
     try:
         return Manifest.model_validate_json(stored)
     except ValidationError as error:
-        raise InvalidData(f"{key} is not a manifest that this version of Lockstep reads: {error}") from error
+        words = error.errors()[0]["msg"]
+        raise InvalidData(f"{key} is not a manifest that this version of Lockstep reads: {words}") from error

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from api.documents import Manifest, Receipt
 from api.errors import InvalidData, ObjectMissing
+from api.manifest import read_manifest, sealed
 from tests.fakes import T0, MemoryBucket
-from workers.manifest import read_manifest, sealed
 
 KEY = "manifest.json"
 PARTS = [
