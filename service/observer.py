@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from api.documents import FaultDocument
 from api.errors import InvalidData, StorageError
@@ -44,7 +45,7 @@ def observe(
     """Return what is to be seen of a job's present attempt. `at` is in seconds of the clock of `standstill`."""
     status, message = _ray_status(job, cluster, ray)
     traces, fault, trouble = _traces(job, bucket, status)
-    hung = standstill.look(job.id, traces.segment, traces.heartbeat, at)
+    hung = standstill.look(job.id, traces.segment, traces.heartbeat, at, partial(_lost_a_rank, job, bucket, traces))
     return Observation(
         ray=status,
         ray_session=cluster.session,
@@ -69,6 +70,15 @@ def _ray_status(job: JobRow, cluster: ClusterView, ray: RayBackend) -> tuple[Ray
         return ray.status(submission_id(job.id, job.attempt))
     except RayUnreachable as error:
         return RayStatus.UNREACHABLE, str(error)
+
+
+def _lost_a_rank(job: JobRow, bucket: Bucket, traces: AttemptTraces) -> bool:
+    """Whether a rank of the newest segment is known to be gone; also where that cannot be told now."""
+    assert traces.segment is not None
+    try:
+        return bool(bucket.files(JobLayout(job.project, job.id).segment(traces.segment).faults))
+    except StorageError:
+        return True
 
 
 def _traces(job: JobRow, bucket: Bucket, status: RayStatus) -> tuple[AttemptTraces, FaultDocument | None, str | None]:

@@ -73,7 +73,7 @@ class Reconciler:
         """`note_pass` hears of each complete pass how long it took; `clock` gives monotonic seconds."""
         self._store, self._bucket, self._ray, self._settings = store, bucket, ray, settings
         self._note_pass, self._clock = note_pass, clock
-        self._standstill = Standstill()
+        self._standstill = Standstill(settings.start_deadline)
         self._policy = Policy(
             start_deadline=settings.start_deadline,
             stop_grace=settings.stop_grace,

@@ -6,11 +6,14 @@ from api.documents import FaultDocument, HeartbeatDocument, NoticeDocument, Segm
 from api.errors import LockstepError
 from api.jobs import Reason
 from api.layout import SegmentId, SegmentLayout
-from api.storage import Bucket
+from api.storage import Bucket, Timeouts
 from workers.attempt import Attempt
 from workers.faults import cause_of
 
 logger = logging.getLogger("lockstep.workers")
+
+BRIEFLY = Timeouts(connect=3.0, read=5.0, attempts=2)
+"""For what is written when something is lost, perhaps the store as well: somebody waits for that."""
 
 
 def give_notice(bucket: Bucket, attempt: Attempt, message: str) -> None:
@@ -34,20 +37,23 @@ def note_lost(bucket: Bucket, attempt: Attempt, reason: Reason, message: str) ->
 
 
 def note_dead_rank(bucket: Bucket, attempt: Attempt, restart: int, rank: int, reason: Reason, message: str) -> None:
-    """Leave a fault document for a rank that was killed and could not write one."""
-    segment = _segment(bucket, attempt, restart)
-    if segment is None:
-        return
-    beat = bucket.find_document(segment.heartbeat, HeartbeatDocument)
-    fault = FaultDocument(
-        rank=rank,
-        step=beat.step if beat is not None else 0,
-        reason=reason,
-        phase="killed",
-        message=message[:2000],
-        created_at=now(),
-    )
-    bucket.put_document(segment.fault(rank), fault)
+    """Leave a fault document for a rank that was killed and could not write one; what it wrote itself stays."""
+    try:
+        segment = _segment(bucket, attempt, restart)
+        if segment is None or bucket.find_document(segment.fault(rank), FaultDocument) is not None:
+            return
+        beat = bucket.find_document(segment.heartbeat, HeartbeatDocument)
+        fault = FaultDocument(
+            rank=rank,
+            step=beat.step if beat is not None else 0,
+            reason=reason,
+            phase="killed",
+            message=message[:2000],
+            created_at=now(),
+        )
+        bucket.put_document(segment.fault(rank), fault)
+    except LockstepError as error:
+        logger.warning("that rank %d is gone was not written: %s", rank, error)
 
 
 def _faults(bucket: Bucket, attempt: Attempt) -> list[FaultDocument]:

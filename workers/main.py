@@ -21,9 +21,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from api.documents import JobDocument
 from api.jobs import Reason
 from api.spec import ResourceSpec, TrainSpec
-from api.storage import Bucket, Timeouts
+from api.storage import Bucket
 from workers.attempt import NOT_OURS, Attempt, claim, log_to_stderr, parse_arguments
-from workers.lost import give_notice, note_lost
+from workers.lost import BRIEFLY, give_notice, note_lost
 from workers.patience import patient_bucket
 from workers.ray_session import GroupWatcher, connect, current_session, reason_of_death
 from workers.settings import WorkerSettings
@@ -33,8 +33,6 @@ logger = logging.getLogger("lockstep.workers")
 
 _RESTARTS = 3
 """Times that Ray Train starts a group again by itself. After that the control plane does it, with a wait between."""
-_BRIEFLY = Timeouts(connect=3.0, read=5.0, attempts=2)
-"""For what is written when all is lost, perhaps the store as well: whoever ends this process waits for that."""
 _PLACEMENTS = 10
 """Tries, of a minute each, to place the workers."""
 
@@ -67,7 +65,7 @@ def run(attempt: Attempt, bucket: Bucket) -> int:
     spec = attempt.job.spec
     assert isinstance(spec, TrainSpec)
     # Ray Train keeps notes of its own there; nothing of ours does, and nothing resumes from it.
-    last_words = Bucket(bucket.url, _BRIEFLY)
+    last_words = Bucket(bucket.url, BRIEFLY)
     scratch = Path(tempfile.gettempdir()) / "lockstep-ray-train"
     # A group of flexible size is started again by the control plane, with as many workers as there is room for.
     flexible = spec.resources.least < spec.resources.most

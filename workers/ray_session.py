@@ -17,7 +17,7 @@ from api.jobs import Reason
 from api.spec import TrainSpec
 from api.storage import Bucket
 from workers.attempt import Attempt
-from workers.lost import give_notice, note_dead_rank
+from workers.lost import BRIEFLY, give_notice, note_dead_rank
 from workers.session import Session
 from workers.settings import WorkerSettings
 
@@ -45,7 +45,7 @@ class GroupWatcher(WorkerGroupCallback):  # type: ignore[misc] # Ray carries no 
 
     It gives each start of the group its number before any rank runs: a rank never chooses it, so a late zombie of an
     earlier start cannot become the newest segment. It passes on the notice that a machine of ours is about to go. And
-    it says of a rank that was killed for its memory what the rank itself could not.
+    it says of a rank that died without a word what the rank itself could not.
     """
 
     def __init__(self, attempt: Attempt) -> None:
@@ -66,13 +66,13 @@ class GroupWatcher(WorkerGroupCallback):  # type: ignore[misc] # Ray carries no 
             self._noticed = True
             give_notice(self._bucket(), self._attempt, "a machine of this run is being drained")
         for rank, error in worker_group_status.errors.items():
-            if rank not in self._noted and (reason := reason_of_death(error)) is not None:
+            if rank not in self._noted:
                 self._noted.add(rank)
-                message = f"rank {rank}: {error}"
+                reason, message = reason_of_death(error) or Reason.WORKER_LOST, f"rank {rank}: {error}"
                 note_dead_rank(self._bucket(), self._attempt, self._restart, rank, reason, message)
 
     def _bucket(self) -> Bucket:
-        return Bucket(WorkerSettings().storage)
+        return Bucket(WorkerSettings().storage, BRIEFLY)
 
 
 def reason_of_death(error: BaseException) -> Reason | None:

@@ -10,15 +10,11 @@ from typer.testing import CliRunner, Result
 
 from api.cli import app as cli
 from api.client import Client
-from api.documents import JobDocument, now
+from api.documents import JobDocument
 from api.layout import CheckpointLayout
 from api.spec import TrainSpec
 from api.storage import Bucket
-from service.settings import Settings
-from service.store import Store
-from tests.fakes import ACCEPTED, row
-from tests.integration.test_streams import serving
-from tests.servers import free_port
+from tests.integration.served import KEY, Served
 from tests.training import (
     drop,
     flip_a_bit,
@@ -31,7 +27,6 @@ from tests.training import (
     train_job,
 )
 
-KEY = "lk_verify"
 JOB = "job-01h4x5y6z7abcdefghjk"
 
 
@@ -46,22 +41,12 @@ def trained(bucket: Bucket, storage: str, tmp_path: Path) -> JobDocument:
 
 
 @pytest.fixture
-def url(trained: JobDocument, storage: str, tmp_path: Path) -> Iterator[str]:
+def url(trained: JobDocument, served: Served) -> Iterator[str]:
     """A control plane that knows the job; nothing is pinned when it is done."""
-    (tmp_path / "key").write_text(KEY)
-    settings = Settings(
-        port=free_port(),
-        database_url=f"sqlite:///{tmp_path / 'lockstep.db'}",
-        storage=storage,
-        ray_address=f"http://127.0.0.1:{free_port()}",
-        bootstrap_key_path=tmp_path / "key",
-    )
-    with serving(settings) as app:
-        store: Store = app.state.store
-        assert isinstance(trained.spec, TrainSpec)
-        store.insert(row(1, trained.spec, id=JOB, state="succeeded", attempt=1), ACCEPTED, None)
-        yield f"http://{settings.host}:{settings.port}"
-        assert store.pinned(JOB, now()) == set()
+    assert isinstance(trained.spec, TrainSpec)
+    served.accept(trained.spec, JOB, segment_names(served.bucket, trained)[-1], 12)
+    yield served.url
+    assert not served.pinned(JOB)
 
 
 def verify(url: str, *arguments: str) -> Result:
