@@ -59,9 +59,10 @@ CPUS = 6
 STEPS = 10
 LOST_REPLIES = 0.15
 CLOCKS = {"LOCKSTEP_RECONCILE_INTERVAL": "0.02", "LOCKSTEP_REQUEST_TIMEOUT": "2"}
-LATEST = 0.25
-"""Seconds from its first answer for which a control plane at least lives when a kill's aim does not come up."""
 FIRST_SIGN = 20.0
+"""Seconds within which a control plane must take a connection."""
+LATEST = 0.2
+"""Seconds after that for which a kill waits for what it is aimed at; or as long as the start took, if that is more."""
 TRACE = {"connection.connect_tcp.complete": "connection", "http11.send_request_body.complete": "request"}
 """What the HTTP client calls the moments at which it has a connection, and at which its request is on the way."""
 AIMS = {"start": (1, 0.2), "request": (3, 0.06), "commit": (4, 0.01), "submission": (1, 0.03), "end": (1, 0.1)}
@@ -251,8 +252,10 @@ class Killing:
         times, delay = self.fate.randint(1, most), self.fate.uniform(0, within)
         life = self.planes.start()
         if aim != "start":
-            self.moments.await_next("connection", time.monotonic() + FIRST_SIGN)
-            deadline = time.monotonic() + LATEST
+            began = time.monotonic()
+            self.moments.await_next("connection", began + FIRST_SIGN)
+            ready = time.monotonic()
+            deadline = ready + max(LATEST, ready - began)
             for _ in range(times):
                 self.moments.await_next(aim, deadline)
         time.sleep(delay)
