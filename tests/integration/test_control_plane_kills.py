@@ -60,7 +60,7 @@ STEPS = 10
 LOST_REPLIES = 0.15
 CLOCKS = {"LOCKSTEP_RECONCILE_INTERVAL": "0.02", "LOCKSTEP_REQUEST_TIMEOUT": "2"}
 FIRST_SIGN = 20.0
-"""Seconds within which a control plane must take a connection."""
+"""Most seconds for which a kill waits for a control plane to take its first connection."""
 LATEST = 0.2
 """Seconds after that for which a kill waits for what it is aimed at; or as long as the start took, if that is more."""
 TRACE = {"connection.connect_tcp.complete": "connection", "http11.send_request_body.complete": "request"}
