@@ -128,13 +128,14 @@ class FakeRay:
         self.hook: Hook = no_hook
 
     def backend(self) -> RayBackend:
-        return RayBackend("http://ray", None, 1.0, transport=httpx2.MockTransport(self._handle))
+        return RayBackend("http://ray", None, 1.0, transport=httpx2.MockTransport(self.handle))
 
     def restart(self, session: str) -> None:
         """Come back empty, under another session name."""
         self.session, self.jobs = session, {}
 
-    def _handle(self, request: httpx2.Request) -> httpx2.Response:
+    def handle(self, request: httpx2.Request) -> httpx2.Response:
+        """Carry a request out and answer it; an httpx2.TransportError if no answer comes."""
         if not self.reachable:
             raise httpx2.ConnectError("connection refused", request=request)
         self.hook(f"before {request.method} {request.url.path}")
