@@ -25,6 +25,8 @@ def submission(
                 "PYTHONSAFEPATH": "1",
                 "PYTHONUNBUFFERED": "1",
                 "RAY_JOB_STOP_WAIT_TIME_S": "20",
+                # How soon the end of a group, or the death of a rank, is noticed; Ray's own 2 s are most of a restart.
+                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
                 # A rank that hangs inside native code with the interpreter's lock held is not seen by its watchdog.
                 "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
                 # How long the end of a group may take when one of its ranks is gone.

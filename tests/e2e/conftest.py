@@ -7,6 +7,10 @@ import pytest
 
 from api.jobs import Job, JobState
 from tests.e2e.harness import Stack, follow, running_stack
+from tests.soak import soak
+
+#: In full only; what it does is done in short by test_faults.py and test_ray_lost.py.
+collect_ignore = soak([], ["test_storm.py"])
 
 STEPS = 60
 #: After the second checkpoint (20), off the interval.
@@ -30,9 +34,9 @@ ELASTIC: dict[str, Any] = {
     **KILL_SPEC,
     "determinism": "elastic",
     "batch": {"global_size": 16, "micro_size": 4},
-    "steps": 300,
-    "evaluate": {"every": 100, "sequences": 14},
-    "checkpoint": {"every": 50},
+    "steps": 600,
+    "evaluate": {"every": 200, "sequences": 14},
+    "checkpoint": {"every": 100},
 }
 
 

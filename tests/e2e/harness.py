@@ -97,7 +97,7 @@ class Stack:
 
     @contextmanager
     def faults(self, *faults: Fault, away: bool = False) -> Iterator[Callable[[], Counter[str]]]:
-        """Let the store have faults inside the block, or be away; give what counts those that happened."""
+        """Let the store have these faults inside the block, or be away; give what counts those that happened."""
         control = self.state / CONTROL
 
         def said() -> dict[str, Any]:
@@ -110,12 +110,12 @@ class Stack:
             partial.rename(control)
             wait_until(lambda: said()["wish"] == text, 10, "the proxy to obey")
 
-        before = Counter(said()["faults"])
+        before, known = Counter(said()["faults"]), json.loads(said()["wish"] or "{}")
         ask({"away": away, "faults": [asdict(fault) for fault in faults]})
         try:
             yield lambda: Counter(said()["faults"]) - before
         finally:
-            ask({})
+            ask(known)
 
     def train_run(self, name: str) -> Any:
         """Return a run that the dashboard's API knows of Ray Train, by its name."""

@@ -71,7 +71,9 @@ def test_sigterm_to_the_driver_leads_to_a_checkpoint_and_another_attempt(undistu
     assert_same_end(stack, ended, undisturbed)
 
 
-def test_a_job_cancelled_with_a_checkpoint_is_retried_from_there(undisturbed: Job, stack: Stack) -> None:
+def test_a_job_cancelled_with_a_checkpoint_is_retried_from_there_and_forked_from_another(
+    undisturbed: Job, stack: Stack
+) -> None:
     job = stack.client.submit({**KILL_SPEC, "name": "cancelled"})
     reached(stack.client, job, KILL_AT)
     stack.client.cancel(job.id, keep_checkpoint=True)
@@ -79,20 +81,21 @@ def test_a_job_cancelled_with_a_checkpoint_is_retried_from_there(undisturbed: Jo
     assert cancelled.state is JobState.CANCELLED
     kept = stack.client.checkpoints(job.id).items[-1].step
     assert kept >= KILL_AT
-    ended = follow(stack.client, stack.client.retry(job.id))
+    retry = stack.client.retry(job.id)
+    # Beside it, one worker goes its own way from a checkpoint that the job had passed.
+    changes = {"schedule": {"type": "constant"}, "steps": 30, "resources": {"workers": 1}}
+    fork = stack.client.submit({**KILL_SPEC, **changes, "name": "fork", "init": {"from_job": job.id, "step": 20}})
+
+    ended = follow(stack.client, retry)
     assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
     assert next(step for step, _ in curve(stack, ended)) > kept
     assert_same_bits(final_state(stack, ended), final_state(stack, undisturbed))
+
+    forked = follow(stack.client, fork)
+    assert forked.state is JobState.SUCCEEDED, forked.message
+    ours, theirs = dict(curve(stack, forked)), dict(curve(stack, undisturbed))
+    # The first line is of step 21 alone: what its source had summed up by step 20 stays there.
+    assert list(ours) == [21, 24, 27, 30]
+    assert ours[24] == pytest.approx(theirs[24], rel=0.02)
+    assert ours[30] != theirs[30]
     assert stack.client.get(job.id).state is JobState.CANCELLED
-
-
-def test_a_fork_begins_at_a_checkpoint_of_another_job_and_goes_its_own_way(undisturbed: Job, stack: Stack) -> None:
-    init = {"from_job": undisturbed.id, "step": 40}
-    fork = {**KILL_SPEC, "name": "fork", "init": init, "schedule": {"type": "constant"}, "steps": 50}
-    ended = follow(stack.client, stack.client.submit(fork))
-    assert ended.state is JobState.SUCCEEDED, ended.message
-    ours, theirs = curve(stack, ended), curve(stack, undisturbed)
-    # The first line is of steps 41 and 42, since what the source had summed up by step 40 stays with the source.
-    assert [step for step, _ in ours] == [42, 45, 48, 50]
-    assert dict(ours)[45] == pytest.approx(dict(theirs)[45], rel=0.05)
-    assert dict(ours)[48] != dict(theirs)[48]
