@@ -71,6 +71,8 @@ class Turn:
     """Start with that many now, or if it runs: restart with that many."""
     make_way_for: str | None = None
     """The job of higher priority that needs the room."""
+    stranded: bool = False
+    """Its attempt cannot start any more: the machines for it are gone."""
     wait: str = ""
     """Why it must wait on, in numbers."""
 
@@ -223,6 +225,8 @@ def _decide_live(job: JobView, seen: Observation, now: datetime, policy: Policy)
             return Move(JobState.RUNNING, "running")
         if late:
             return _lost(job, Reason.START_TIMEOUT, f"no sign of life in {policy.start_deadline:.0f} s", now, policy)
+        if seen.turn.stranded:
+            return _lost(job, Reason.START_TIMEOUT, "the machines that it was to start on are gone", now, policy)
         return Wait()
     if seen.turn.workers is not None:
         return Move(JobState.PAUSING, f"restarting with {seen.turn.workers} workers", Reason.RESIZED)

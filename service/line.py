@@ -46,6 +46,7 @@ def claim(job: JobRow) -> Claim | None:
         preemptible=isinstance(spec, TrainSpec),
         held=0 if waits else job.workers or sizes(spec, None)[0],
         began_at=None if waits else job.attempt_at or job.state_since,
+        starting=state is JobState.STARTING,
         leaving=state in (JobState.PAUSING, JobState.CANCELLING),
         recovering_since=job.state_since if state is JobState.RECOVERING else None,
     )
@@ -63,6 +64,7 @@ def _turn(job_id: str, plan: Schedule) -> Turn:
     return Turn(
         workers=plan.starts.get(job_id, plan.resizes.get(job_id)),
         make_way_for=plan.preempts.get(job_id),
+        stranded=job_id in plan.stranded,
         wait=waiting.message if waiting is not None else "",
     )
 

@@ -22,7 +22,7 @@ A be the jobs that R must wait for anyway: those that began before its reservati
 So a job that nobody is ahead of starts at the latest two of the longest runs after its reservation began.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -73,6 +73,8 @@ class Claim:
     """Workers that it holds now; 0: it waits."""
     began_at: datetime | None
     """When the present attempt began; None while it waits."""
+    starting: bool
+    """It holds workers, but none of them has been seen yet."""
     leaving: bool
     """It is being stopped: what it holds will be free soon."""
     recovering_since: datetime | None
@@ -110,6 +112,8 @@ class Schedule:
     """Running job to stop by a checkpoint → the job that it makes way for."""
     resizes: Mapping[str, int]
     """Running job of flexible size → the larger number of workers to restart it with."""
+    stranded: Collection[str]
+    """Starting jobs that can start no more: their machines went before their workers came."""
 
 
 def schedule(claims: Sequence[Claim], nodes: Sequence[Node], now: datetime, policy: SchedulePolicy) -> Schedule:
@@ -120,7 +124,7 @@ def schedule(claims: Sequence[Claim], nodes: Sequence[Node], now: datetime, poli
     turn = _Pass([claim for claim in claims if claim.held], nodes, now, policy)
     for claim in sorted((claim for claim in claims if not claim.held), key=_line_order):
         turn.serve(claim)
-    return Schedule(turn.starts, turn.waits, turn.preempts, turn.growth())
+    return Schedule(turn.starts, turn.waits, turn.preempts, turn.growth(), turn.stranded())
 
 
 def _line_order(claim: Claim) -> tuple[int, bool, datetime, str]:
@@ -142,7 +146,7 @@ class _Pass:
         """For which no preemption makes room, nor will further down the line, where fewer jobs are lower."""
         self._ahead = self._reservations = 0
         self._empty = Room.of(sorted(nodes, key=_node_order), {})
-        now = self._empty.changed(add={claim.job_id: claim.group(claim.held) for claim in held})
+        self._holding = now = self._empty.changed(add={claim.job_id: claim.group(claim.held) for claim in held})
         soon = now.changed(out=[claim.job_id for claim in self._leaving]) if self._leaving else now
         self._rooms = [now, soon]
         """Now, soon and, while there is a reservation, later."""
@@ -242,6 +246,19 @@ class _Pass:
             if settled and claim.preemptible and (workers := self._larger(claim)) is not None:
                 return {claim.job_id: workers}
         return {}
+
+    def stranded(self) -> list[str]:
+        """Return the starting jobs, the youngest first, without which those that hold workers fit on the nodes.
+
+        None, if they fit as it is, or do not fit even so: then a job that runs has lost a machine and will tell.
+        """
+        starting = sorted((claim for claim in self._held if claim.starting), key=self._began, reverse=True)
+        out: list[str] = []
+        room = self._holding
+        while starting and not room.stands:
+            out.append(starting.pop(0).job_id)
+            room = room.changed(out=out)
+        return out if room.stands else []
 
     def _larger(self, claim: Claim) -> int | None:
         now = self._rooms[0]

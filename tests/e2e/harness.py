@@ -242,13 +242,32 @@ def assert_same_end(stack: Stack, ended: Job, undisturbed: Job) -> None:
 
 def drivers(stack: Stack, job: Job) -> list[psutil.Process]:
     """Return the driver processes of a job."""
-    return [process for process in stack.children("workers.main") if job.id in process.cmdline()]
+    return [process for process in stack.children("-m workers.") if job.id in process.cmdline()]
 
 
 def worker(stack: Stack, job: Job, rank: int, attempt: int = 1) -> psutil.Process:
     """Return a rank's process, of the newest worker group of an attempt."""
     group = stack.train_run(f"{job.id}-{attempt}")["attempts"][-1]
     return psutil.Process(next(w["pid"] for w in group["workers"] if w["world_rank"] == rank))
+
+
+@contextmanager
+def taken(stack: Stack, cpus: int) -> Iterator[Job]:
+    """Let a job hold CPUs for as long as the block lasts, without using them: its only process is stopped."""
+    spec = {
+        "kind": "prepare",
+        "name": "idle",
+        "dataset": "idle",
+        "source": {"type": "python-stdlib", "max_bytes": 50_000},
+        "tokenizer": {"vocab_size": 300},
+        "split": "tail",
+        "resources": {"cpus": cpus},
+    }
+    job = stack.client.submit(spec)
+    (driver,) = wait_until(lambda: drivers(stack, job), 60, "a job that only takes room to have it")
+    with frozen(driver):
+        yield job
+    follow(stack.client, job, 60)
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """Several machines, as far as one can be several: further Ray nodes join the cluster, are drained, and die."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
 
 import psutil
 
 from api.jobs import Job, JobState
 from service.processes import end, living, tree
 from service.stack import installed_programs
-from tests.e2e.conftest import ELASTIC, KILL_AT, KILL_SPEC
-from tests.e2e.harness import Stack, assert_same_end, drivers, follow, kill, reached, wait_until
+from tests.e2e.conftest import ELASTIC
+from tests.e2e.harness import Stack, assert_same_end, follow, in_state, kill, reached, taken, wait_until
 
 
 class Machine:
@@ -76,37 +77,32 @@ def trains_with(stack: Stack, job: Job, workers: int) -> None:
     reached(stack.client, job, begun.progress.step + 10)
 
 
-def test_a_job_leaves_a_machine_that_is_drained_by_a_checkpoint(undisturbed: Job, stack: Stack) -> None:
-    blocker = stack.client.submit({**KILL_SPEC, "name": "blocker", "steps": 100_000})
-    reached(stack.client, blocker, 1)
-    with machine(stack, cpus=3) as other:
-        job = stack.client.submit({**KILL_SPEC, "name": "moves"})
-        told = reached(stack.client, job, KILL_AT)
-        other.drain()
-        wait_until(lambda: stack.client.get(job.id).attempt == 2, 60, "it to leave the machine")
-        stack.client.cancel(blocker.id)
+def test_a_job_leaves_a_machine_that_is_drained_by_a_checkpoint(alone: Job, stack: Stack) -> None:
+    with machine(stack, cpus=2) as other:
+        with taken(stack, cpus=4):
+            job = stack.client.submit({**ELASTIC, "name": "moves", "resources": {"workers": 2}})
+            told = reached(stack.client, job, 10)
+            other.drain()
+            in_state(stack, job, JobState.RECOVERING)
         ended = follow(stack.client, job)
     (resumed,) = [e.data["step"] for e in stack.client.events(job.id).items if e.type == "resumed"]
-    assert resumed >= told.progress.step, "a checkpoint of its own, for the notice"
-    assert_same_end(stack, ended, undisturbed)
+    assert resumed > told.progress.step
+    assert resumed % ELASTIC["checkpoint"]["every"], "a checkpoint of its own, for the notice"
+    assert_same_end(stack, ended, alone)
 
 
 def test_one_then_four_then_two_workers_give_the_bits_of_one(alone: Job, stack: Stack) -> None:
     """A flexible job takes what room there is: it grows onto a machine that joins, and shrinks when that dies."""
-    blocker = stack.client.submit({**KILL_SPEC, "name": "blocker", "steps": 100_000})
-    reached(stack.client, blocker, 1)
-    job = stack.client.submit({**ELASTIC, "name": "elastic", "resources": {"workers": {"min": 1, "max": 4}}})
-    trains_with(stack, job, 1)
-    with machine(stack, cpus=3) as other:
-        trains_with(stack, job, 4)
-        stack.client.cancel(blocker.id)
-        follow(stack.client, blocker, 60)
-        beside = stack.client.submit({**KILL_SPEC, "name": "beside", "steps": 100_000, "resources": {"workers": 2}})
-        wait_until(lambda: drivers(stack, beside), 60, "another job to take half of the room that is left")
-        other.die()
-        ended = follow(stack.client, job)
-    stack.client.cancel(beside.id)
+    with ExitStack() as machines:
+        with taken(stack, cpus=3):
+            job = stack.client.submit({**ELASTIC, "name": "elastic", "resources": {"workers": {"min": 1, "max": 4}}})
+            trains_with(stack, job, 1)
+            other = machines.enter_context(machine(stack, cpus=3))
+            trains_with(stack, job, 4)
+        with taken(stack, cpus=2):
+            other.die()
+            ended = follow(stack.client, job)
     assert ended.state is JobState.SUCCEEDED, ended.message
-    assert sizes(stack, ended) == [1, 4, 2]
+    # Until Ray knows that the machine is dead, another attempt with four may begin; it is taken back.
+    assert [size for size, _ in groupby(sizes(stack, ended))] == [1, 4, 2]
     assert_same_end(stack, ended, alone)
-    assert follow(stack.client, beside, 60).state is JobState.CANCELLED

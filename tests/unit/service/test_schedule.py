@@ -20,7 +20,7 @@ def node(cpu: float, gpu: float = 0, gib: float = 64) -> Node:
 def claim(job_id: str, sizes: tuple[int, ...], cpu: int, gpu: int = 0, gib: int = 0, **fields: Any) -> Claim:
     bundle = {"CPU": float(cpu), **({"GPU": float(gpu)} if gpu else {}), **({"memory": gib * GIB} if gib else {})}
     usual: dict[str, Any] = {"priority": 0, "queued_at": T0, "preemptible": True, "held": 0, "began_at": None}
-    usual |= {"leaving": False, "recovering_since": None}
+    usual |= {"starting": False, "leaving": False, "recovering_since": None}
     return Claim(job_id=job_id, sizes=sizes, bundle=bundle, **{**usual, **fields})
 
 
@@ -37,6 +37,11 @@ def runs(job_id: str, workers: int, cpu: int = 1, since: float = 9000, **fields:
     began = T0 - timedelta(seconds=since)
     usual: dict[str, Any] = {"sizes": (workers,), "queued_at": began, "held": workers, "began_at": began}
     return claim(job_id, cpu=cpu, **{**usual, **fields})
+
+
+def starts(job_id: str, workers: int, cpu: int = 1, since: float = 5) -> Claim:
+    """A job whose attempt began a moment ago, and of which nothing has been seen."""
+    return runs(job_id, workers, cpu, since, starting=True)
 
 
 def plan(nodes: list[Node] | list[int], claims: list[Claim]) -> Schedule:
@@ -254,3 +259,22 @@ def test_what_a_job_waits_for_is_said_in_numbers(
 ) -> None:
     found = plan(nodes, claims).waits["a"]
     assert (found.message, found.ahead) == (message, ahead)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "claims", "stranded"),
+    [
+        ([4], [starts("a", 4)], []),
+        ([2], [starts("a", 4)], ["a"]),
+        ([4], [runs("r", 2), starts("a", 2)], []),
+        ([2], [runs("r", 2), starts("a", 2)], ["a"]),
+        ([4], [starts("old", 2, since=9), starts("new", 2, since=5), starts("newer", 2, since=1)], ["newer"]),
+        ([2], [starts("old", 2, since=9), starts("new", 2, since=5), starts("newer", 2, since=1)], ["newer", "new"]),
+        ([1], [runs("r", 2), starts("a", 1)], []),  # the one that runs has lost something, too: it will tell
+        ([2, 2], [starts("a", 1, cpu=4)], ["a"]),  # enough in the sum, but in too small pieces
+    ],
+)
+def test_a_job_whose_machines_went_before_it_started_is_stranded(
+    nodes: list[int], claims: list[Claim], stranded: list[str]
+) -> None:
+    assert list(plan(nodes, claims).stranded) == stranded

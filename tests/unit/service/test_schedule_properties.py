@@ -50,7 +50,7 @@ def nodes_of(cpus: Sequence[int], gpus: int = 3) -> st.SearchStrategy[list[Node]
 
 NODES = nodes_of((4, 7))
 SIZES = st.sampled_from([(1,), (2,), (3,), (1, 2), (2, 3), (1, 2, 4)])
-WAITS: dict[str, Any] = {"held": 0, "began_at": None, "leaving": False}
+WAITS: dict[str, Any] = {"held": 0, "began_at": None, "starting": False, "leaving": False}
 
 
 @st.composite
@@ -73,8 +73,9 @@ def waiting(draw: st.DrawFn, cpus: Sequence[int], gpus: int = 0) -> Claim:
 def running(draw: st.DrawFn, cpus: Sequence[int], gpus: int = 0) -> Claim:
     claim = draw(waiting(cpus, gpus))
     began_at = T0 - timedelta(seconds=draw(st.integers(0, 20)))
-    leaving, workers = draw(st.integers(0, 7)) == 7, draw(st.sampled_from(claim.sizes))
-    return replace(claim, held=workers, began_at=began_at, leaving=leaving, recovering_since=None)
+    phase, workers = draw(st.integers(0, 7)), draw(st.sampled_from(claim.sizes))
+    held = replace(claim, held=workers, began_at=began_at, recovering_since=None)
+    return replace(held, starting=phase == 6, leaving=phase == 7)
 
 
 Seen = tuple[list[Claim], list[Node]]
@@ -280,3 +281,16 @@ def test_a_job_that_preempts_does_so_once_and_then_starts(
             preemptions, latest = preemptions + 1, cluster.clock + GRACE
         assert preemptions <= 1
         assert cluster.clock < latest
+
+
+@given(situations(), st.integers(0, 3))
+def test_without_the_stranded_all_that_hold_workers_fit(seen: Seen, gone: int) -> None:
+    claims, nodes = seen[0], seen[1][gone:]
+    held = [claim for claim in claims if claim.held]
+    stranded = schedule(claims, nodes, T0, POLICY).stranded
+    groups = {claim.job_id: claim.group(claim.held) for claim in held}
+    assert set(stranded) <= {claim.job_id for claim in held if claim.starting}
+    if stranded:
+        stay = {name: group for name, group in groups.items() if name not in stranded}
+        assert not Room.of(nodes, groups).stands
+        assert Room.of(nodes, stay).stands
