@@ -234,7 +234,7 @@ class Store:
         gone = self._lock(connection, source).deleted_at is not None
         doomed = sa.select(marks.c.step).where(*_at(marks, source, origin), marks.c.doomed == 1)
         if gone or connection.execute(doomed).first() is not None:
-            raise Conflict(f"the checkpoint of step {origin.step} of {source} is just being deleted; choose another")
+            raise being_deleted(origin)
         pin = {"id": secrets.token_hex(16), **_place(source, origin), "why": "fork", "holder": holder}
         connection.execute(pins.insert().values(**pin, expires_at=datetime.max.replace(tzinfo=UTC)))
 
@@ -299,6 +299,10 @@ class Store:
             for number, event in enumerate(new_events, start=seq + 1)
         ]
         connection.execute(events.insert(), rows)
+
+
+def being_deleted(origin: CheckpointRef) -> Conflict:
+    return Conflict(f"the checkpoint of step {origin.step} of {origin.job_id} is just being deleted; choose another")
 
 
 def _conditions(only: JobFilter) -> list[sa.ColumnElement[bool]]:
