@@ -317,6 +317,12 @@ def deleted_job(races: Races) -> None:
     races.purge("end")
 
 
+def purge_that_is_begun(races: Races) -> None:
+    races.end(30, JobState.SUCCEEDED)
+    races.delete_a_job(0)
+    races.purge("delete")
+
+
 BETWEEN: dict[str, Callable[[Races], None]] = {
     "nothing": lambda races: None,
     "a fork": fork_that_begins,
@@ -326,6 +332,7 @@ BETWEEN: dict[str, Callable[[Races], None]] = {
     "a slow group": slow_group,
     "the end": lambda races: races.end(30, JobState.SUCCEEDED),
     "a deletion of all": deleted_job,
+    "a purge that is begun": purge_that_is_begun,
     "a death": lambda races: races.kill_the_control_plane(),
 }
 
