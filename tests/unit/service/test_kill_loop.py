@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -13,38 +12,16 @@ import sqlalchemy as sa
 
 from api.documents import CheckpointRef
 from api.errors import Conflict
-from api.jobs import ENDED, JobState, Reason
+from api.jobs import JobState, Reason
 from api.layout import JobLayout
-from service.rows import JobRow, NewEvent
-from service.store import Store
 from service.tables import pins
-from tests.fakes import Crash, Hook, World, job_id, no_hook
+from tests.fakes import Crash, World, job_id, no_hook
+from tests.unit.service.mortal import Mortal, ran, replayed
 
 CRASHES = 200
 CPUS = 5
-FOLLOWS = {
-    JobState.QUEUED: {JobState.STARTING, JobState.PAUSED, JobState.CANCELLED},
-    JobState.STARTING: {JobState.RUNNING, JobState.RECOVERING, JobState.PAUSING, JobState.CANCELLING, *ENDED},
-    JobState.RUNNING: {JobState.RECOVERING, JobState.PAUSING, JobState.CANCELLING, *ENDED},
-    JobState.RECOVERING: {JobState.STARTING, JobState.PAUSED, JobState.CANCELLED},
-    JobState.PAUSING: {JobState.PAUSED, JobState.QUEUED, JobState.RECOVERING, JobState.CANCELLING, *ENDED},
-    JobState.PAUSED: {JobState.QUEUED, JobState.CANCELLED},
-    JobState.CANCELLING: ENDED,
-}
 HOLD = (JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)
 SIZES: list[Any] = [1, 2, {"min": 1, "max": 4}, {"min": 2, "max": 4}]
-
-
-class Mortal(Store):
-    """The store, with a side effect's hook before and after each commit."""
-
-    hook: Hook = staticmethod(no_hook)
-
-    def apply(self, job: JobRow, changes: dict[str, Any], new_events: Sequence[NewEvent] = ()) -> JobRow | None:
-        self.hook("before apply")
-        applied = super().apply(job, changes, new_events)
-        self.hook("after apply")
-        return applied
 
 
 class Fate:
@@ -157,27 +134,6 @@ class Fate:
             held = {(pin.holder, pin.job_id, pin.segment, pin.step) for pin in connection.execute(sa.select(pins))}
         begun = [(job.id, CheckpointRef.model_validate(job.init)) for job in live if job.init is not None]
         assert held == {(holder, at.job_id, at.segment, at.step) for holder, at in begun}, "live forks have their pin"
-
-
-def replayed(store: Store, job: JobRow) -> tuple[JobState, int]:
-    """Return state and attempt as the event log alone tells them; every step must be a legal one."""
-    events = store.events(job.id, after=0, limit=10_000)
-    assert [event.seq for event in events] == list(range(1, len(events) + 1))
-    states = [(event.state, event.data) for event in events if event.state is not None]
-    assert states[0][0] is JobState.QUEUED
-    for (before, _), (after, _) in pairwise(states):
-        assert after in FOLLOWS[before]
-    return states[-1][0], max([data.get("attempt", 0) for _, data in states])
-
-
-def ran(store: Store, job: JobRow) -> set[str]:
-    """Return the submissions of which the event log says that they ran."""
-    attempt, found = 0, set()
-    for event in store.events(job.id, after=0, limit=10_000):
-        attempt = event.data.get("attempt", attempt)
-        if event.state is JobState.RUNNING:
-            found.add(f"{job.id}-{attempt}")
-    return found
 
 
 @pytest.mark.parametrize(("ray_restarts", "seed"), [(False, 1), (True, 2)])
