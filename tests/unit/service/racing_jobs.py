@@ -71,6 +71,7 @@ class Group:
     """Whether what it chose must stay: always, but for a group that Ray replaced and that passed a damaged one over
     for one that the policy did not keep anyway."""
     begun: bool = False
+    dead: bool = False
     ready: bool = False
     """Every rank has read what it began at."""
     commits: list[tuple[int, float | None]] = field(default_factory=list)

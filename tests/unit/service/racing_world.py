@@ -110,7 +110,7 @@ class RacingWorld:
             self.seen.add("a group that nothing was promised to died")
 
     def _is_present(self, run: Run, group: Group) -> bool:
-        return group is run.group and not run.ended and run.state in LIVE
+        return group is run.group and not group.dead and run.state in LIVE
 
     def _is_promised(self, run: Run, group: Group) -> bool:
         if group.origin is None or group.origin.job_id is not None:
@@ -149,7 +149,7 @@ class RacingWorld:
     def _die(self, group: Group) -> None:
         if group.start is not None:
             group.start.kill()
-        group.ready = False
+        group.ready, group.dead = False, True
 
     def _beginning(self) -> list[Run]:
         found = self._those(JobState.STARTING)

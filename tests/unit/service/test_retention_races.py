@@ -94,8 +94,8 @@ class Races(RacingWorld, RuleBasedStateMachine):
             return  # more can happen while it lives
         run = found[pick % len(found)]
         begun = [group for group in run.groups if group.begun]
-        if run.group.start is not None and not run.group.begun:
-            run.group.start.kill()
+        if not run.group.begun:
+            self._die(run.group)
         last = max(begun, key=lambda g: (g.attempt, g.restart), default=None)
         run.end = (last, last.step) if last is not None else None
         end = CheckpointRef(segment=last.name, step=last.step).model_dump() if last is not None else None
@@ -228,7 +228,7 @@ class Races(RacingWorld, RuleBasedStateMachine):
         for run in self.runs:
             for group in run.groups:
                 if group.start is not None and not group.start.over and self.now - group.since > START:
-                    group.start.kill()
+                    self._die(group)
 
     @rule(sure=st.integers(0, 3))
     @precondition(lambda self: self.pass_ or self._works() or self.downloads)
