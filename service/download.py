@@ -45,16 +45,11 @@ class Piecewise(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             with CancelScope(shield=True):  # also when the client is gone, even before the first piece
-                await to_thread.run_sync(self._close)
+                await to_thread.run_sync(close, self._pieces, self._release)
 
     async def stream_response(self, send: Send) -> None:
         with suppress(LockstepError):  # it is logged; raised, it would be again, as a bug and with a traceback
             await super().stream_response(send)
-
-    def _close(self) -> None:
-        self._pieces.close()
-        with suppress(SQLAlchemyError):  # what keeps the content ends by itself
-            self._release()
 
 
 class Download(Piecewise):
@@ -70,6 +65,13 @@ class Lines(Piecewise):
 
     def __init__(self, lines: Generator[bytes, None, None]) -> None:
         super().__init__(lines, MEDIA_TYPE, {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+
+def close(pieces: Generator[bytes, None, None], release: Callable[[], None]) -> None:
+    """End an answer, wherever it stands."""
+    pieces.close()
+    with suppress(SQLAlchemyError):  # what keeps the content ends by itself
+        release()
 
 
 async def _read(pieces: Generator[bytes, None, None]) -> AsyncIterator[bytes]:

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from api.arithmetic import PREPARE_STEPS, samples, total_steps
 from api.datasets import find_dataset
-from api.documents import CheckpointRef, DatasetDocument, now
+from api.documents import CheckpointRef, DatasetDocument, Manifest, now
 from api.errors import (
     Conflict,
     Fault,
@@ -56,7 +59,7 @@ from service.run_reader import (
     thinned,
 )
 from service.settings import Settings
-from service.store import Store
+from service.store import Store, being_deleted
 from service.verification import find_committed, verification
 
 
@@ -263,15 +266,16 @@ class Jobs:
     def _accept(
         self, who: Principal, spec: TrainSpec | PrepareSpec, record: IdempotencyRecord | None
     ) -> tuple[Job, bool]:
-        job = self._new_row(who, spec)
-        if (first := self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record)) is not None:
+        with self._holding_origin(who, spec) as origin:
+            job = self._new_row(who, spec, origin)
+            first = self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record)
+        if first is not None:
             assert record is not None
             return _replayed(first, record), False
         return answer(job), True
 
-    def _new_row(self, who: Principal, spec: TrainSpec | PrepareSpec) -> JobRow:
+    def _new_row(self, who: Principal, spec: TrainSpec | PrepareSpec, origin: CheckpointRef | None) -> JobRow:
         job_id, created = new_job_id(), now()
-        origin = self._origin(who, spec)
         plan, dataset = self._plan(who, spec, job_id, origin)
         steps = PREPARE_STEPS
         if isinstance(spec, TrainSpec) and dataset is not None:
@@ -300,6 +304,28 @@ class Jobs:
         if isinstance(spec, PrepareSpec) or spec.init is None:
             return None
         return find_origin(self._bucket, self._store.get(spec.init.from_job, who.project), spec.init)
+
+    @contextmanager
+    def _holding_origin(self, who: Principal, spec: TrainSpec | PrepareSpec) -> Iterator[CheckpointRef | None]:
+        """Give the checkpoint that a spec begins at, and keep it until the job that is made meanwhile keeps it itself.
+
+        It is looked at again once it is pinned: since it was found, it may have been deleted from end to end.
+        """
+        origin = self._origin(who, spec)
+        if origin is None or origin.job_id is None:
+            yield origin
+            return
+        pin = self._store.pin(origin.job_id, origin, "fork", now(), now() + PIN)
+        if pin is None:
+            raise being_deleted(origin)
+        try:
+            checkpoint = JobLayout(who.project, origin.job_id).segment(origin.segment).checkpoint(origin.step)
+            if self._bucket.find_document(checkpoint.manifest, Manifest) is None:
+                raise being_deleted(origin)
+            yield origin
+        finally:
+            with suppress(SQLAlchemyError):  # it ends by itself, and an accepted job must not seem refused
+                self._store.unpin(pin)
 
     def _plan(
         self, who: Principal, spec: TrainSpec | PrepareSpec, job_id: str, origin: CheckpointRef | None

@@ -8,7 +8,7 @@ beyond a job's policy, these are the leftovers of every job: what was begun and 
 import logging
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -85,6 +85,9 @@ def decide(look: Look, policy: Policy, now: datetime, grace: timedelta) -> Decis
     """Return what to do about a job's checkpoints. Pure."""
     if not (_stands_alone(look) and _is_whole(look)):
         return Decision()
+    if look.state.ended:  # what is being deleted will not stay for another one's sake
+        doomed = {mark.at for mark in look.marks if mark.doomed}
+        look = replace(look, folders=[folder for folder in look.folders if folder.at not in doomed])
     needed = _needed(look, policy)
     kept = needed.union(look.pinned)
     surplus = [folder.at for folder in look.folders if folder.at not in kept]

@@ -216,12 +216,12 @@ class Store:
         return True
 
     def pin(self, job_id: str, ref: CheckpointRef, why: str, at: datetime, expires_at: datetime) -> str | None:
-        """Keep a checkpoint from being deleted; return the pin's id, or None if the checkpoint is doomed."""
+        """Keep a checkpoint from being deleted; return the pin's id, or None if it is doomed or its job is deleted."""
         pin = secrets.token_hex(16)  # never one that was used before: whoever held that may still let go of it
         with self._writer.begin() as connection:
-            self._lock(connection, job_id)
+            gone = self._lock(connection, job_id).deleted_at is not None  # a purge looks at the pins after that
             doomed = connection.execute(sa.select(marks.c.step).where(*_at(marks, job_id, ref), marks.c.doomed == 1))
-            if doomed.first() is not None:
+            if gone or doomed.first() is not None:
                 return None
             connection.execute(pins.delete().where(pins.c.expires_at <= at))
             connection.execute(pins.insert().values(id=pin, **_place(job_id, ref), why=why, expires_at=expires_at))
@@ -234,7 +234,7 @@ class Store:
         gone = self._lock(connection, source).deleted_at is not None
         doomed = sa.select(marks.c.step).where(*_at(marks, source, origin), marks.c.doomed == 1)
         if gone or connection.execute(doomed).first() is not None:
-            raise Conflict(f"the checkpoint of step {origin.step} of {source} is just being deleted; choose another")
+            raise being_deleted(origin)
         pin = {"id": secrets.token_hex(16), **_place(source, origin), "why": "fork", "holder": holder}
         connection.execute(pins.insert().values(**pin, expires_at=datetime.max.replace(tzinfo=UTC)))
 
@@ -299,6 +299,10 @@ class Store:
             for number, event in enumerate(new_events, start=seq + 1)
         ]
         connection.execute(events.insert(), rows)
+
+
+def being_deleted(origin: CheckpointRef) -> Conflict:
+    return Conflict(f"the checkpoint of step {origin.step} of {origin.job_id} is just being deleted; choose another")
 
 
 def _conditions(only: JobFilter) -> list[sa.ColumnElement[bool]]:

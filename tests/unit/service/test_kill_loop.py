@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -15,28 +14,15 @@ from api.documents import CheckpointRef
 from api.errors import Conflict
 from api.jobs import JobState, Reason
 from api.layout import JobLayout
-from service.rows import JobRow, NewEvent
-from service.store import Store
 from service.tables import pins
-from tests.fakes import Crash, Hook, World, job_id, no_hook
+from tests.fakes import Crash, World, job_id, no_hook
 from tests.replay import ran, replayed
+from tests.unit.service.mortal import Mortal
 
 CRASHES = 200
 CPUS = 5
 HOLD = (JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)
 SIZES: list[Any] = [1, 2, {"min": 1, "max": 4}, {"min": 2, "max": 4}]
-
-
-class Mortal(Store):
-    """The store, with a side effect's hook before and after each commit."""
-
-    hook: Hook = staticmethod(no_hook)
-
-    def apply(self, job: JobRow, changes: dict[str, Any], new_events: Sequence[NewEvent] = ()) -> JobRow | None:
-        self.hook("before apply")
-        applied = super().apply(job, changes, new_events)
-        self.hook("after apply")
-        return applied
 
 
 class Fate:

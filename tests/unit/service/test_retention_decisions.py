@@ -138,6 +138,13 @@ def test_a_deletion_that_was_begun_goes_on() -> None:
     assert (decision.unmark, decision.delete) == ([ref("1-0-a@8")], [])
 
 
+def test_what_a_user_is_deleting_does_not_count_as_kept() -> None:
+    marks = [Mark(ref("1-0-a@4"), T0 - GRACE), Mark(ref("1-0-a@8"), T0, doomed=True)]
+    seen = look(ONE, "1-0-a@4 1-0-a@8", marks=marks, state=JobState.SUCCEEDED)
+    decision = decide(seen, Policy(keep_last=1), T0, GRACE)
+    assert (decision.delete, decision.unmark) == ([ref("1-0-a@8")], [ref("1-0-a@4")])
+
+
 @pytest.mark.parametrize(
     ("fields", "settled"),
     [
