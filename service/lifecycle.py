@@ -72,7 +72,7 @@ class Turn:
     make_way_for: str | None = None
     """The job of higher priority that needs the room."""
     stranded: bool = False
-    """Its attempt cannot start any more: the machines for it are gone."""
+    """There is no room any more for its attempt, which only starts: machines are gone."""
     wait: str = ""
     """Why it must wait on, in numbers."""
 
@@ -226,7 +226,7 @@ def _decide_live(job: JobView, seen: Observation, now: datetime, policy: Policy)
         if late:
             return _lost(job, Reason.START_TIMEOUT, f"no sign of life in {policy.start_deadline:.0f} s", now, policy)
         if seen.turn.stranded:
-            return _lost(job, Reason.START_TIMEOUT, "the machines that it was to start on are gone", now, policy)
+            return _lost(job, Reason.START_TIMEOUT, "there is no room left for it: machines are gone", now, policy)
         return Wait()
     if seen.turn.workers is not None:
         return Move(JobState.PAUSING, f"restarting with {seen.turn.workers} workers", Reason.RESIZED)

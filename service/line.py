@@ -1,8 +1,9 @@
 """The line of jobs in one pass: from rows and nodes to what the schedule says of each job (service/schedule.py)."""
 
 import logging
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
 
 from api.jobs import JobState, QueueEntry
 from api.spec import PrepareSpec, TrainSpec
@@ -14,6 +15,7 @@ from service.settings import Settings
 
 logger = logging.getLogger("lockstep.service")
 
+_STRANDED_FOR = timedelta(seconds=10)
 WAITING = (JobState.QUEUED, JobState.RECOVERING)
 _HOLD = (JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)
 
@@ -24,6 +26,20 @@ def take_turns(live: Sequence[JobRow], nodes: Sequence[Node], settings: Settings
     claims = [found for job in live if (found := claim(job)) is not None]
     plan = schedule(claims, with_addable(nodes, settings.addable_nodes), now, policy)
     return {found.job_id: _turn(found.job_id, plan) for found in claims}
+
+
+def lasting(
+    before: Mapping[str, datetime], turns: Mapping[str, Turn], now: datetime
+) -> tuple[dict[str, datetime], dict[str, Turn]]:
+    """Leave `stranded` to those turns whose job has been stranded for a while; return since when each has been, too.
+
+    A job that runs and has lost its machine holds its room until that is noticed: for this nobody shall give way.
+    """
+    since = {job_id: before.get(job_id, now) for job_id, turn in turns.items() if turn.stranded}
+    short = {job_id for job_id, at in since.items() if now < at + _STRANDED_FOR}
+    return since, {
+        job_id: replace(turn, stranded=turn.stranded and job_id not in short) for job_id, turn in turns.items()
+    }
 
 
 def claim(job: JobRow) -> Claim | None:

@@ -42,7 +42,7 @@ from service.lifecycle import (
     Wait,
     decide,
 )
-from service.line import take_turns
+from service.line import lasting, take_turns
 from service.observer import ClusterView, observe, observe_cluster
 from service.periodic import Periodic
 from service.progress import read_progress
@@ -74,6 +74,7 @@ class Reconciler:
         self._store, self._bucket, self._ray, self._settings = store, bucket, ray, settings
         self._note_pass, self._clock = note_pass, clock
         self._standstill = Standstill(settings.start_deadline)
+        self._stranded: dict[str, datetime] = {}
         self._policy = Policy(
             start_deadline=settings.start_deadline,
             stop_grace=settings.stop_grace,
@@ -95,6 +96,7 @@ class Reconciler:
         if live:
             cluster = observe_cluster(self._ray)
             turns = take_turns(live, cluster.nodes, self._settings, now())
+            self._stranded, turns = lasting(self._stranded, turns, now())
             for job in live:
                 if self.loop.stopping:
                     return

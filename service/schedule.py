@@ -113,7 +113,7 @@ class Schedule:
     resizes: Mapping[str, int]
     """Running job of flexible size → the larger number of workers to restart it with."""
     stranded: Collection[str]
-    """Starting jobs that can start no more: their machines went before their workers came."""
+    """Starting jobs for which there is no room any more: machines went before their workers came."""
 
 
 def schedule(claims: Sequence[Claim], nodes: Sequence[Node], now: datetime, policy: SchedulePolicy) -> Schedule:
@@ -146,7 +146,7 @@ class _Pass:
         """For which no preemption makes room, nor will further down the line, where fewer jobs are lower."""
         self._ahead = self._reservations = 0
         self._empty = Room.of(sorted(nodes, key=_node_order), {})
-        self._holding = now = self._empty.changed(add={claim.job_id: claim.group(claim.held) for claim in held})
+        now = self._empty.changed(add={claim.job_id: claim.group(claim.held) for claim in held})
         soon = now.changed(out=[claim.job_id for claim in self._leaving]) if self._leaving else now
         self._rooms = [now, soon]
         """Now, soon and, while there is a reservation, later."""
@@ -248,17 +248,22 @@ class _Pass:
         return {}
 
     def stranded(self) -> list[str]:
-        """Return the starting jobs, the youngest first, without which those that hold workers fit on the nodes.
+        """Return the starting jobs, the lowest and then the youngest first, without which the nodes are large enough.
 
-        None, if they fit as it is, or do not fit even so: then a job that runs has lost a machine and will tell.
+        Only the sums count, since Ray may place what first fit does not; and a job that fits on no node at all.
         """
-        starting = sorted((claim for claim in self._held if claim.starting), key=self._began, reverse=True)
-        out: list[str] = []
-        room = self._holding
-        while starting and not room.stands:
-            out.append(starting.pop(0).job_id)
-            room = room.changed(out=out)
-        return out if room.stands else []
+        total = self._empty.free or []
+        held = [claim for claim in self._held if not claim.leaving]
+        starting = [claim for claim in held if claim.starting]
+        starting.sort(key=lambda claim: (claim.priority, -self._began(claim).timestamp(), claim.job_id))
+        out = [claim.job_id for claim in starting if self._empty.plus(claim.job_id, claim.group(claim.held)) is None]
+        for claim in starting:
+            stay = [other.group(other.held) for other in held if other.job_id not in out]
+            if not _exceeds(stay, total):
+                break
+            if claim.job_id not in out:
+                out.append(claim.job_id)
+        return out
 
     def _larger(self, claim: Claim) -> int | None:
         now = self._rooms[0]

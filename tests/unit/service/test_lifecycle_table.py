@@ -185,7 +185,7 @@ LIVE: list[Row] = [
     ("starting, could grow", STARTING, replace(PENDING, turn=Turn(workers=4)), 0, Wait()),
     ("starting, must make way", STARTING, replace(PENDING, turn=Turn(make_way_for="job-2")), 0, YIELD),
     ("starting, its machines are gone", STARTING, replace(PENDING, turn=Turn(stranded=True)), 5,
-     lost(Reason.START_TIMEOUT, "the machines that it was to start on are gone", 5)),
+     lost(Reason.START_TIMEOUT, "there is no room left for it: machines are gone", 5)),
     ("starting, began on other machines", STARTING, replace(SEEN, turn=Turn(stranded=True)), 5,
      Move(JobState.RUNNING, "running")),
     ("running, stranded, which only a start can be", RUNNING, replace(SEEN, turn=Turn(stranded=True)), 0, Wait()),

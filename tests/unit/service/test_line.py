@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from api.jobs import JobState
 from service.admission import Node
 from service.lifecycle import Turn
-from service.line import WAITING, claim, line_order, queue_entry, sizes, take_turns
+from service.line import WAITING, claim, lasting, line_order, queue_entry, sizes, take_turns
 from service.rows import JobRow
 from service.schedule import Claim, _line_order
 from service.settings import NodeGroup
@@ -150,3 +150,13 @@ def test_an_entry_of_the_queue_says_what_is_wanted_and_why_it_waits() -> None:
     assert entry.since == T0 + timedelta(seconds=10)
     assert queue_entry(job("recovering", message="Ray lost it", workers_wanted=2), 1).message == "Ray lost it"
     assert queue_entry(job("queued", workers_wanted=2), 1).needs == "2 × 2 CPU"
+
+
+def test_a_job_is_stranded_only_after_it_has_been_for_a_while() -> None:
+    turns = {job_id(1): Turn(stranded=True), job_id(2): Turn(workers=1)}
+    since, now = lasting({}, turns, T0)
+    assert (since, now) == ({job_id(1): T0}, {job_id(1): Turn(), job_id(2): Turn(workers=1)})
+    nearly, at_last = T0 + timedelta(seconds=9), T0 + timedelta(seconds=10)
+    assert lasting(since, turns, nearly) == (since, now)
+    assert lasting(since, turns, at_last) == (since, turns)
+    assert lasting(since, {job_id(1): Turn()}, at_last) == ({}, {job_id(1): Turn()})

@@ -291,3 +291,17 @@ def test_a_view_tells_what_users_want() -> None:
     seen = view(job)
     assert (seen.cancel_requested, seen.keep_checkpoint, seen.pause_requested) == (True, True, True)
     assert (seen.id, seen.setbacks, seen.stop_reason) == (job_id(1), 3, Reason.PREEMPTED)
+
+
+def test_an_attempt_whose_machines_are_gone_is_taken_back_and_a_smaller_one_begins(world: World) -> None:
+    world.ray.nodes = [{"CPU": 4}]
+    world.add(resources={"workers": {"min": 1, "max": 4}}, batch={"global_size": 8, "micro_size": 2})
+    world.passes(2)
+    assert (world.job().state, world.job().workers) == ("starting", 4)
+    world.ray.nodes = [{"CPU": 2}]
+    world.passes(1, seconds=1)
+    assert world.job().state == "starting"
+    world.passes(2, seconds=10)
+    assert (world.wish(), world.ray.stops) == ("superseded", [f"{job_id(1)}-1"])
+    world.passes(2, seconds=10)
+    assert (world.job().state, world.job().attempt, world.job().workers) == ("starting", 2, 2)

@@ -39,9 +39,9 @@ def runs(job_id: str, workers: int, cpu: int = 1, since: float = 9000, **fields:
     return claim(job_id, cpu=cpu, **{**usual, **fields})
 
 
-def starts(job_id: str, workers: int, cpu: int = 1, since: float = 5) -> Claim:
+def starts(job_id: str, workers: int, cpu: int = 1, since: float = 5, **fields: Any) -> Claim:
     """A job whose attempt began a moment ago, and of which nothing has been seen."""
-    return runs(job_id, workers, cpu, since, starting=True)
+    return runs(job_id, workers, cpu, since, starting=True, **fields)
 
 
 def plan(nodes: list[Node] | list[int], claims: list[Claim]) -> Schedule:
@@ -270,8 +270,12 @@ def test_what_a_job_waits_for_is_said_in_numbers(
         ([2], [runs("r", 2), starts("a", 2)], ["a"]),
         ([4], [starts("old", 2, since=9), starts("new", 2, since=5), starts("newer", 2, since=1)], ["newer"]),
         ([2], [starts("old", 2, since=9), starts("new", 2, since=5), starts("newer", 2, since=1)], ["newer", "new"]),
-        ([1], [runs("r", 2), starts("a", 1)], []),  # the one that runs has lost something, too: it will tell
-        ([2, 2], [starts("a", 1, cpu=4)], ["a"]),  # enough in the sum, but in too small pieces
+        ([1], [runs("r", 2), starts("a", 1)], ["a"]),
+        ([3], [starts("low", 2, since=9), starts("high", 2, since=1, priority=1)], ["low"]),
+        ([2], [runs("leaves", 2, leaving=True), starts("a", 2)], []),
+        ([2, 2], [starts("a", 1, cpu=4)], ["a"]),  # enough in the sum, but it fits on no node
+        # First fit takes them one by one, but not all anew: the largest first. Ray has placed them, so nobody goes.
+        ([4, 7], [starts(str(n), 1, cpu=cpu) for n, cpu in enumerate([2, 2, 3, 2, 2])], []),
     ],
 )
 def test_a_job_whose_machines_went_before_it_started_is_stranded(
