@@ -55,5 +55,5 @@ class Standstill:
         if still < self._start_deadline and lost_a_rank():
             return None
         return (
-            f"nothing has moved for {still:.0f} s, last in {beat.phase} at step {beat.step}, and no watchdog ended it"
+            f"nothing has moved for {still:.0f} s, last in {beat.phase} at step {beat.step}, and nothing came of that"
         )

@@ -17,7 +17,7 @@ from api.jobs import Reason
 from api.spec import TrainSpec
 from api.storage import Bucket
 from workers.attempt import Attempt
-from workers.lost import BRIEFLY, give_notice, note_dead_rank
+from workers.lost import BRIEFLY, give_notice, note_dead_ranks
 from workers.session import Session
 from workers.settings import WorkerSettings
 
@@ -62,14 +62,13 @@ class GroupWatcher(WorkerGroupCallback):  # type: ignore[misc] # Ray carries no 
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
         preemption = worker_group_status.get_preemption_info()
-        if preemption is not None and not self._noticed:
-            self._noticed = True
-            give_notice(self._bucket(), self._attempt, "a machine of this run is being drained")
-        for rank, error in worker_group_status.errors.items():
-            if rank not in self._noted:
-                self._noted.add(rank)
-                reason, message = reason_of_death(error) or Reason.WORKER_LOST, f"rank {rank}: {error}"
-                note_dead_rank(self._bucket(), self._attempt, self._restart, rank, reason, message)
+        if preemption is not None and not self._noticed:  # again at the next poll, if the store did not take it
+            self._noticed = give_notice(self._bucket(), self._attempt, "a machine of this run is being drained")
+        new = {rank: error for rank, error in worker_group_status.errors.items() if rank not in self._noted}
+        if new:
+            self._noted |= new.keys()
+            deaths = {rank: (reason_of_death(e) or Reason.WORKER_LOST, f"rank {rank}: {e}") for rank, e in new.items()}
+            note_dead_ranks(self._bucket(), self._attempt, self._restart, deaths)
 
     def _bucket(self) -> Bucket:
         return Bucket(WorkerSettings().storage, BRIEFLY)

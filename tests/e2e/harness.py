@@ -220,6 +220,12 @@ def states(stack: Stack, job: Job) -> list[str]:
     return [event.state.value for event in stack.client.events(job.id).items if event.state is not None]
 
 
+def reasons(stack: Stack, job: Job) -> list[str]:
+    """Return why a job's attempts were lost or ended, all but the last."""
+    events = stack.client.events(job.id, limit=1000).items
+    return [event.data["reason"] for event in events if event.state is JobState.RECOVERING]
+
+
 def in_state(stack: Stack, job: Job, state: JobState, seconds: float = 60) -> Job:
     """Return the job once it is in a state; fail if it ends in another one before."""
 

@@ -14,6 +14,7 @@ from tests.e2e.harness import (
     follow,
     in_state,
     reached,
+    reasons,
     states,
     wait_until,
 )
@@ -66,7 +67,8 @@ def test_sigterm_to_the_driver_leads_to_a_checkpoint_and_another_attempt(undistu
     driver.terminate()
     ended = follow(stack.client, job)
     (resumed,) = [event for event in stack.client.events(job.id).items if event.type == "resumed"]
-    assert resumed.data["step"] >= told.progress.step  # none of the regular checkpoints: one for the notice
+    assert resumed.data["step"] >= told.progress.step
+    assert reasons(stack, ended) == ["drained"]
     assert ended.attempt == 2
     assert_same_end(stack, ended, undisturbed)
 

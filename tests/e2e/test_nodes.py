@@ -10,7 +10,7 @@ from api.jobs import Job, JobState
 from service.processes import end, living, tree
 from service.stack import installed_programs
 from tests.e2e.conftest import ELASTIC
-from tests.e2e.harness import Stack, assert_same_end, follow, in_state, kill, reached, taken, wait_until
+from tests.e2e.harness import Stack, assert_same_end, follow, in_state, kill, reached, reasons, taken, wait_until
 
 
 class Machine:
@@ -87,7 +87,7 @@ def test_a_job_leaves_a_machine_that_is_drained_by_a_checkpoint(alone: Job, stac
         ended = follow(stack.client, job)
     (resumed,) = [e.data["step"] for e in stack.client.events(job.id).items if e.type == "resumed"]
     assert resumed > told.progress.step
-    assert resumed % ELASTIC["checkpoint"]["every"], "a checkpoint of its own, for the notice"
+    assert reasons(stack, ended) == ["drained"]
     assert_same_end(stack, ended, alone)
 
 

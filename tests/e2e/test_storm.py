@@ -4,12 +4,9 @@ import random
 import time
 from itertools import pairwise
 
-import numpy as np
 import pytest
 
-from api.documents import DatasetDocument
 from api.jobs import Job, JobState
-from api.layout import PROJECT, DatasetLayout
 from tests.e2e.conftest import KILL_SPEC
 from tests.e2e.harness import (
     Stack,
@@ -21,7 +18,6 @@ from tests.e2e.harness import (
     kill,
     kill_all_of_ray,
 )
-from workers.order import SampleOrder, ShardShape
 
 KILLS = {"rank": 12, "driver": 5, "ray": 3}
 #: Seconds from one kill to the next: sometimes in the middle of a recovery, sometimes after some hundred steps.
@@ -42,15 +38,6 @@ def strike(stack: Stack, job: Job, what: str, chance: random.Random) -> bool:
     if victims:
         kill(chance.choice(victims))
     return bool(victims)
-
-
-def samples_of(stack: Stack, dataset: Job, steps: int) -> list[tuple[int, int]]:
-    """Return which samples, as (shard, sample), the global batches of a run are made of."""
-    layout = DatasetLayout(PROJECT, "small", dataset.id)
-    split = stack.bucket.get_document(layout.document, DatasetDocument).splits["train"]
-    order = SampleOrder([ShardShape(shard.tokens, 2) for shard in split.shards], 32, seed=0)
-    shard, sample = order.locate(np.arange(min(steps * 24, order.samples)))
-    return list(zip(shard.tolist(), sample.tolist(), strict=True))
 
 
 @pytest.mark.soak
@@ -77,10 +64,10 @@ def test_a_run_in_a_storm_of_kills_ends_as_if_nothing_had_happened(
     wall = time.monotonic() - began
 
     assert_same_end(stack, ended, calm)
-    assert [step for step, _ in curve(stack, ended)] == list(range(1, SPEC["steps"] + 1)), "each step once"
-    seen = samples_of(stack, dataset, SPEC["steps"])
-    assert len(set(seen)) == len(seen), "and in each step samples that no other had"
-    resumes = [event for event in stack.client.events(job.id).items if event.type == "resumed"]
+    assert [step for step, _ in curve(stack, ended)] == list(range(1, SPEC["steps"] + 1)), (
+        "each step once, and with it each of its samples"
+    )
+    resumes = [event for event in stack.client.events(job.id, limit=1000).items if event.type == "resumed"]
     productive = running_seconds(stack, calm)
     with capsys.disabled():
         print(

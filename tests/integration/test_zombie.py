@@ -44,6 +44,7 @@ def all_that_is_read(served: Served, job: JobDocument, folder: Path) -> dict[str
     end = served.client.get(job.id)
     return {
         "job": end.model_dump(),
+        "events": served.client.events(job.id).items,
         "curve": served.client.metrics(job.id).items,
         "checkpoints": served.client.checkpoints(job.id).items,
         "export": {path.name: path.read_bytes() for path in folder.iterdir()},

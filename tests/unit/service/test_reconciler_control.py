@@ -217,7 +217,7 @@ def test_a_run_whose_watchdogs_failed_is_ended_and_begun_anew(world: World) -> N
     world.passes(1, seconds=1)
     assert (world.job().state, world.wish()) == ("recovering", "superseded")
     assert world.ray.stops == [f"{job_id(1)}-1"]
-    assert world.job().message == "nothing has moved for 120 s, last in step at step 2, and no watchdog ended it"
+    assert world.job().message == "nothing has moved for 120 s, last in step at step 2, and nothing came of that"
     assert (world.job().faults, world.job().setbacks) == (0, 1)
 
 

@@ -47,7 +47,7 @@ def test_a_run_is_hung_after_twice_its_own_limit_without_a_change(looks: list[Lo
 def test_it_is_said_for_how_long_and_where_nothing_moved_and_again_until_it_does() -> None:
     standstill = Standstill(start_deadline=600)
     assert standstill.look("job-1", "a", beat(3), 10, alive) is None
-    words = "nothing has moved for 130 s, last in all-reduce at step 7, and no watchdog ended it"
+    words = "nothing has moved for 130 s, last in all-reduce at step 7, and nothing came of that"
     assert standstill.look("job-1", "a", beat(3), 140, alive) == words
     assert standstill.look("job-1", "a", beat(3), 141, alive) is not None
     assert standstill.look("job-1", "a", beat(4), 142, alive) is None
