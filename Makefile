@@ -22,10 +22,11 @@ check: .venv/dev
 	$(BIN)/lint-imports
 
 unit: .venv/dev
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest -n 2 tests/unit
 
-test: check
-	$(BIN)/pytest tests/unit tests/integration tests/e2e
+# Unit tests side by side; those that share a machine's time with real processes one after the other.
+test: check unit
+	$(BIN)/pytest tests/integration tests/e2e
 
 openapi: .venv/local
 	$(BIN)/lockstep-server openapi > api/openapi.json

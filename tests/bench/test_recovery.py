@@ -1,7 +1,7 @@
 """From a kill to the next step, by its parts: the service, and the same kill under plain Ray Train, in turns.
 
-Some five minutes. No verdict: the peer keeps the interval of 2 s at which Ray looks at its workers, the service has 0.5 s.
-The parts of each round, in seconds:
+Some five minutes. No verdict: the peer keeps the interval of 2 s at which Ray looks at its workers, the service has
+0.5 s. The parts of each round, in seconds:
 
 - detect: from the kill until Ray Train begins another worker group
 - schedule: until the process of the new rank 0 exists

@@ -20,7 +20,7 @@ from prometheus_client.samples import Sample
 
 from api.client import Client
 from api.documents import CheckpointRef
-from api.jobs import Job, JobState
+from api.jobs import Event, Job, JobState
 from api.layout import PROJECT, JobLayout
 from api.profile import load
 from api.storage import Bucket
@@ -215,15 +215,22 @@ def assert_as_if_nothing_had_happened(stack: Stack, ended: Job, undisturbed: Job
     assert 20 <= resumed.data["step"] < ended.progress.step
 
 
+def all_events(stack: Stack, job: Job) -> list[Event]:
+    """Return a job's events, over as many pages as they fill."""
+    events: list[Event] = []
+    while page := stack.client.events(job.id, after=events[-1].seq if events else 0).items:
+        events += page
+    return events
+
+
 def states(stack: Stack, job: Job) -> list[str]:
     """Return the states that a job went through."""
-    return [event.state.value for event in stack.client.events(job.id).items if event.state is not None]
+    return [event.state.value for event in all_events(stack, job) if event.state is not None]
 
 
 def reasons(stack: Stack, job: Job) -> list[str]:
     """Return why a job's attempts were lost or ended, all but the last."""
-    events = stack.client.events(job.id, limit=1000).items
-    return [event.data["reason"] for event in events if event.state is JobState.RECOVERING]
+    return [event.data["reason"] for event in all_events(stack, job) if event.state is JobState.RECOVERING]
 
 
 def in_state(stack: Stack, job: Job, state: JobState, seconds: float = 60) -> Job:

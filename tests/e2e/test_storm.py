@@ -10,6 +10,7 @@ from api.jobs import Job, JobState
 from tests.e2e.conftest import KILL_SPEC
 from tests.e2e.harness import (
     Stack,
+    all_events,
     assert_same_end,
     curve,
     drivers,
@@ -67,7 +68,7 @@ def test_a_run_in_a_storm_of_kills_ends_as_if_nothing_had_happened(
     assert [step for step, _ in curve(stack, ended)] == list(range(1, SPEC["steps"] + 1)), (
         "each step once, and with it each of its samples"
     )
-    resumes = [event for event in stack.client.events(job.id, limit=1000).items if event.type == "resumed"]
+    resumes = [event for event in all_events(stack, job) if event.type == "resumed"]
     productive = running_seconds(stack, calm)
     with capsys.disabled():
         print(
@@ -78,5 +79,5 @@ def test_a_run_in_a_storm_of_kills_ends_as_if_nothing_had_happened(
 
 def running_seconds(stack: Stack, job: Job) -> float:
     """Return how long a job was in the state `running`."""
-    moves = [event for event in stack.client.events(job.id, limit=1000).items if event.state is not None]
+    moves = [event for event in all_events(stack, job) if event.state is not None]
     return sum((b.at - a.at).total_seconds() for a, b in pairwise(moves) if a.state is JobState.RUNNING)
