@@ -60,7 +60,7 @@ from service.run_reader import (
 )
 from service.settings import Settings
 from service.store import Store, being_deleted
-from service.verification import find_committed, verification
+from service.verification import find_written, verification
 
 
 class Jobs:
@@ -195,7 +195,7 @@ class Jobs:
     def verify(self, who: Principal, job_id: str, step: int | None) -> Generator[bytes, None, None]:
         """Return the lines of a verification of all checkpoints, or of one step's; NotFound if there is none."""
         row = self._row(who, job_id)
-        found = find_committed(self._bucket, row, step)
+        found = find_written(self._bucket, self._store, row, step)
         if step is not None and not found:
             raise no_checkpoint(job_id, step)
         return verification(self._bucket, self._store, row, found)

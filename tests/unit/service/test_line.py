@@ -42,12 +42,12 @@ def the_claim(found: JobRow) -> Claim:
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        ("queued", {"held": 0, "began_at": None, "leaving": False, "recovering_since": None}),
-        ("recovering", {"held": 0, "began_at": None, "leaving": False, "recovering_since": SINCE}),
-        ("starting", {**HOLDS, "leaving": False, "recovering_since": None}),
-        ("running", {**HOLDS, "leaving": False, "recovering_since": None}),
-        ("pausing", {**HOLDS, "leaving": True, "recovering_since": None}),
-        ("cancelling", {**HOLDS, "leaving": True, "recovering_since": None}),
+        ("queued", {"held": 0, "began_at": None, "starting": False, "leaving": False, "recovering_since": None}),
+        ("recovering", {"held": 0, "began_at": None, "starting": False, "leaving": False, "recovering_since": SINCE}),
+        ("starting", {**HOLDS, "starting": True, "leaving": False, "recovering_since": None}),
+        ("running", {**HOLDS, "starting": False, "leaving": False, "recovering_since": None}),
+        ("pausing", {**HOLDS, "starting": False, "leaving": True, "recovering_since": None}),
+        ("cancelling", {**HOLDS, "starting": False, "leaving": True, "recovering_since": None}),
     ],
 )
 def test_a_job_claims_what_it_has_or_wants(state: str, expected: dict[str, Any]) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from api.documents import AttemptDocument, CheckpointRef, FinalDocument, JobDocument
+from api.documents import AttemptDocument, CheckpointRef, FaultDocument, FinalDocument, JobDocument
 from api.jobs import Reason
 from service.reconciler import view
-from tests.fakes import World, job_id, row
+from tests.fakes import T0, World, job_id, row
 
 BATCH = {"global_size": 16, "micro_size": 2}
 FLEXIBLE: dict[str, Any] = {"batch": BATCH, "resources": {"workers": {"min": 1, "max": 4}}}
@@ -219,6 +219,20 @@ def test_a_run_whose_watchdogs_failed_is_ended_and_begun_anew(world: World) -> N
     assert world.ray.stops == [f"{job_id(1)}-1"]
     assert world.job().message == "nothing has moved for 120 s, last in step at step 2, and nothing came of that"
     assert (world.job().faults, world.job().setbacks) == (0, 1)
+
+
+def test_a_run_that_is_known_to_have_lost_a_rank_has_as_long_as_a_start_to_move_again(world: World) -> None:
+    segment = world.running()
+    world.beat(segment, 1, limit=60)
+    world.passes()
+    fault = FaultDocument(rank=1, step=1, reason=Reason.WORKER_LOST, phase="step", message="killed", created_at=T0)
+    world.bucket.put_document(world.layout().segment(segment).fault(1), fault)
+    world.passes(1, seconds=120)
+    assert world.job().state == "running", "Ray starts the group again"
+    world.passes(1, seconds=world.settings.start_deadline - 121)
+    assert world.job().state == "running"
+    world.passes(1, seconds=1)
+    assert (world.job().state, world.wish()) == ("recovering", "superseded")
 
 
 @pytest.mark.parametrize("what", ["bucket", "control plane"])

@@ -31,6 +31,12 @@ def test_a_preparation_runs_in_its_driver_and_reserves_its_cpus() -> None:
     assert body["entrypoint_num_cpus"] == 3
 
 
+def test_a_rank_that_is_gone_is_noticed_within_a_second_and_the_end_of_its_group_does_not_wait_for_it() -> None:
+    variables = submission(train_spec(), "default", job_id(1), 1, SETTINGS)["runtime_env"]["env_vars"]
+    assert float(variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]) < 1
+    assert float(variables["TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"]) <= 5
+
+
 def test_nothing_secret_of_the_control_plane_is_posted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = tmp_path / "token"
     token.write_text(SECRET)

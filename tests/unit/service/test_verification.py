@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,13 +17,16 @@ from sqlalchemy.exc import OperationalError
 from starlette.requests import ClientDisconnect
 
 from api.documents import CheckpointRef, Manifest
-from api.errors import NotFound, StorageUnavailable
+from api.errors import NotFound, StorageDenied, StorageUnavailable
+from api.jobs import Event
 from api.layout import JobLayout
 from api.verification import CheckedCheckpoint, Checking, Verification
 from service import export, verification
 from service.auth import Principal
 from service.download import Lines
 from service.jobs import Jobs
+from service.retention import gone as deletion
+from service.rows import JobRow, NewEvent
 from service.store import Store
 from tests.checkpoints import segment, write_checkpoint
 from tests.fakes import ACCEPTED, T0, FakeRay, MemoryBucket, new_store, row, settings_for
@@ -33,7 +36,7 @@ from workers.snapshot import State
 SEGMENT, ME = "1-0-a", Principal("key-1", "default")
 JOB = row(1, state="failed")
 LAYOUT = JobLayout("default", JOB.id)
-PREFIX = LAYOUT.segment(SEGMENT).checkpoint(8).prefix
+OLDER, PREFIX = [LAYOUT.segment(SEGMENT).checkpoint(step).prefix for step in (4, 8)]
 PARTS = [f"part-{rank:05d}-of-00002.safetensors" for rank in range(2)]
 SMALL = 1000
 """Bytes of a piece, so that a part is many."""
@@ -253,6 +256,157 @@ def test_what_never_got_its_manifest_is_no_checkpoint(verified: Verified) -> Non
         verified.jobs.verify(ME, JOB.id, 8)
 
 
+def tell(verified: Verified, *written: CheckpointRef, gone: Sequence[CheckpointRef] = ()) -> None:
+    """Note what the workers told of checkpoints, as a pass of the reconciler does, and what retention told."""
+    events = [NewEvent("checkpoint", "written", data={"step": at.step, "segment": at.segment}) for at in written]
+    assert verified.store.apply(present(verified), {}, [*events, *(deletion(at, "on request") for at in gone)])
+
+
+def end_at(verified: Verified, end: CheckpointRef) -> None:
+    assert verified.store.apply(present(verified), {"history_end": end.model_dump(mode="json")})
+
+
+def present(verified: Verified) -> JobRow:
+    job = verified.store.get(JOB.id, "default")
+    assert job is not None
+    return job
+
+
+def at(step: int, segment: str = SEGMENT) -> CheckpointRef:
+    return CheckpointRef(segment=segment, step=step)
+
+
+def lost(found: Verification) -> list[tuple[str, int]]:
+    """Return what is damaged for want of a manifest, and see that nothing else is wrong with it."""
+    damaged = [c for c in found.checkpoints if c.verdict == "damaged"]
+    assert {c.message for c in damaged} <= {"its manifest is missing"}
+    assert all([(d.name, d.kind) for d in c.damage] == [("manifest.json", "missing")] for c in damaged)
+    return [(c.segment, c.step) for c in damaged]
+
+
+@pytest.mark.parametrize("prefix", [f"{PREFIX}manifest.json", PREFIX], ids=["its manifest", "all of it"])
+def test_a_checkpoint_that_was_told_of_and_lost_its_manifest_is_damaged(verified: Verified, prefix: str) -> None:
+    tell(verified, at(4), at(8))
+    drop(verified.bucket, prefix)
+    found = verified.verdict()
+    assert [(c.step, c.verdict) for c in found.checkpoints] == [(4, "well"), (8, "damaged")]
+    assert (found.verdict, lost(found)) == ("damaged", [(SEGMENT, 8)])
+    assert verified.verdict(8).verdict == "damaged"
+    assert verified.verdict(4).verdict == "well"
+    with pytest.raises(NotFound):
+        verified.jobs.verify(ME, JOB.id, 12)
+
+
+def test_the_events_are_read_to_the_last_one(verified: Verified, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "_EVENTS", 2)
+    tell(verified, *map(at, range(1, 7)), gone=[at(1), at(6)])
+    assert lost(verified.verdict()) == [(SEGMENT, step) for step in (2, 3, 5)]
+
+
+def test_what_was_deleted_is_not_lost(verified: Verified) -> None:
+    tell(verified, at(2), at(4), at(8), gone=[at(2), at(8)])
+    drop(verified.bucket, PREFIX)
+    assert [(c.step, c.verdict) for c in verified.verdict().checkpoints] == [(4, "well")]
+
+
+def test_what_is_told_of_and_just_being_deleted_is_not_lost(verified: Verified) -> None:
+    tell(verified, at(4), at(8))
+    assert verified.store.doom(JOB, at(8), T0)
+    drop(verified.bucket, f"{PREFIX}manifest.json")
+    assert [c.verdict for c in verified.verdict().checkpoints] == ["well", "gone"]
+
+
+def test_what_is_deleted_between_the_list_and_the_look_is_not_lost(verified: Verified) -> None:
+    tell(verified, at(4), at(8))
+
+    def delete(line: Line) -> None:
+        if verified.store.doom(JOB, at(4), T0, deletion(at(4), "on request")):
+            drop(verified.bucket, OLDER)
+            verified.store.unmark(JOB.id, [at(4)])
+
+    found = verified.verdict(meanwhile=delete)
+    assert [c.verdict for c in found.checkpoints] == ["gone", "well"]
+
+
+def test_what_is_written_between_the_list_and_the_look_is_not_lost(
+    verified: Verified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = Store.events
+
+    def late(self: Store, job_id: str, *, after: int, limit: int) -> list[Event]:
+        if after == 0:
+            put_checkpoints(verified.bucket, 12)
+            tell(verified, at(12))
+        return events(self, job_id, after=after, limit=limit)
+
+    monkeypatch.setattr(Store, "events", late)
+    assert [(c.step, c.verdict) for c in verified.verdict().checkpoints] == [(4, "well"), (8, "well"), (12, "well")]
+
+
+def test_what_the_history_has_left_or_never_reached_is_not_lost(verified: Verified) -> None:
+    for name, origin in (("1-1-b", "1-0-a@4"), ("2-0-c", "1-1-b@6")):
+        verified.bucket.put_document(LAYOUT.segment(name).document, segment(name, origin))
+    left, kept = [at(8), at(7, "1-1-b")], [at(4), at(6, "1-1-b"), at(9, "2-0-c")]
+    tell(verified, *left, *kept, at(10, "2-0-c"))
+    assert lost(verified.verdict()) == [("1-1-b", 6), ("2-0-c", 9), ("2-0-c", 10)]
+    end_at(verified, at(9, "2-0-c"))
+    assert lost(verified.verdict()) == [("1-1-b", 6), ("2-0-c", 9)]
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"), [(None, [(SEGMENT, 4), (SEGMENT, 8), ("2-0-c", 9)]), (at(4), [(SEGMENT, 4)])]
+)
+def test_a_job_that_lost_all_of_its_segments_is_damaged(
+    verified: Verified, end: CheckpointRef | None, expected: list[tuple[str, int]]
+) -> None:
+    tell(verified, at(4), at(8), at(9, "2-0-c"))
+    if end is not None:
+        end_at(verified, end)
+    drop(verified.bucket, LAYOUT.prefix)
+    found = verified.verdict()
+    assert (found.verdict, lost(found)) == ("damaged", expected)
+
+
+@pytest.mark.parametrize("gone", ["1-1-b", "2-0-c"])
+def test_a_segment_that_is_lost_takes_none_of_its_checkpoints_out_of_sight(verified: Verified, gone: str) -> None:
+    for name, origin in (("1-1-b", "1-0-a@8"), ("2-0-c", "1-1-b@12")):
+        verified.bucket.put_document(LAYOUT.segment(name).document, segment(name, origin))
+    for where in (at(12, "1-1-b"), at(16, "2-0-c")):
+        write_checkpoint(verified.bucket, LAYOUT, where, state(), world_size=2)
+    tell(verified, at(4), at(8), at(12, "1-1-b"), at(16, "2-0-c"))
+    assert verified.verdict().verdict == "well"
+    drop(verified.bucket, LAYOUT.segment(gone).prefix)
+    found = verified.verdict()
+    assert [c.step for c in found.checkpoints] == [4, 8, 12, 16]
+    assert [name for name, _ in lost(found)] == [gone]
+
+
+def test_a_fork_whose_first_checkpoint_is_another_jobs_has_lost_nothing_there(verified: Verified) -> None:
+    drop(verified.bucket, LAYOUT.prefix)
+    origin = CheckpointRef(segment="3-0-z", step=50, job_id=row(2).id)
+    verified.bucket.put_document(
+        LAYOUT.segment("2-0-c").document, segment("2-0-c").model_copy(update={"origin": origin})
+    )
+    tell(verified, at(4), at(60, "2-0-c"))
+    assert lost(verified.verdict()) == [("2-0-c", 60)]
+
+
+def test_an_old_checkpoint_that_cannot_be_read_hides_no_newer_one(
+    verified: Verified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = MemoryBucket.get
+
+    def denied(self: MemoryBucket, key: str) -> bytes:
+        if key.startswith(OLDER):
+            raise StorageDenied(f"no access to {key}")
+        return get(self, key)
+
+    monkeypatch.setattr(MemoryBucket, "get", denied)
+    found = verified.verdict()
+    assert [(c.step, c.verdict) for c in found.checkpoints] == [(4, "unknown"), (8, "well")]
+    assert found.verdict == "unknown"
+
+
 def drop(bucket: MemoryBucket, prefix: str) -> None:
     bucket.delete([item.key for item in bucket.objects(prefix)])
 
@@ -265,9 +419,9 @@ def drop(bucket: MemoryBucket, prefix: str) -> None:
 def test_what_goes_between_the_list_and_the_look_is_told(
     verified: Verified, lost: str, verdict: str, kinds: list[str]
 ) -> None:
-    found = verified.verdict(meanwhile=lambda line: drop(verified.bucket, PREFIX + lost))
-    assert [c.verdict for c in found.checkpoints] == ["well", verdict]
-    assert [damage.kind for damage in found.checkpoints[1].damage] == kinds
+    found = verified.verdict(meanwhile=lambda line: drop(verified.bucket, OLDER + lost))
+    assert [c.verdict for c in found.checkpoints] == [verdict, "well"]
+    assert [damage.kind for damage in found.checkpoints[0].damage] == kinds
     assert found.verdict == ("damaged" if kinds else "well")
 
 
@@ -288,8 +442,8 @@ def test_a_job_that_is_deleted_meanwhile_is_gone_and_not_damaged(verified: Verif
 
     found = verified.verdict(meanwhile=delete)
     assert [c.verdict for c in found.checkpoints] == ["gone", "gone"]
-    assert found.checkpoints[0].message == "the job was deleted meanwhile"
-    assert found.checkpoints[0].damage == []
+    assert found.checkpoints[1].message == "the job was deleted meanwhile"
+    assert found.checkpoints[1].damage == []
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -333,22 +487,34 @@ def test_a_store_that_goes_in_the_middle_leaves_the_verdict_open(verified: Verif
     found = verified.verdict(meanwhile=leave)
     assert found.verdict == "unknown"
     assert [c.step for c in found.checkpoints] == [4, 8]
-    assert found.checkpoints[-1].verdict == "unknown"
+    assert found.checkpoints[0].verdict == "unknown"
     assert not [damage for checkpoint in found.checkpoints for damage in checkpoint.damage]
-    away = next(checkpoint for checkpoint in found.checkpoints if checkpoint.verdict == "unknown")
+    away = next(checkpoint for checkpoint in found.checkpoints[::-1] if checkpoint.verdict == "unknown")
     assert "the store did not answer" in away.message
     assert verified.pinned() == set()
 
 
 def test_damage_that_was_found_before_the_store_went_is_told(verified: Verified) -> None:
-    key = LAYOUT.segment(SEGMENT).checkpoint(4).prefix + PARTS[0]
-    verified.bucket.content[key] = flipped(verified.bucket.content[key], 5000)
+    verified.change(PARTS[0], lambda body: flipped(body, 5000))
 
     def leave(line: Line) -> None:
-        verified.bucket.reachable = not (isinstance(line, Checking) and line.step == 8)
+        verified.bucket.reachable = not (isinstance(line, Checking) and line.step == 4)
 
     found = verified.verdict(meanwhile=leave)
-    assert (found.verdict, [c.verdict for c in found.checkpoints]) == ("damaged", ["damaged", "unknown"])
+    assert (found.verdict, [c.verdict for c in found.checkpoints]) == ("damaged", ["unknown", "damaged"])
+
+
+def test_damage_that_was_found_stays_damage_when_the_database_goes(
+    verified: Verified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified.change(PARTS[0], lambda body: flipped(body, 5000))
+    lines = verified.jobs.verify(ME, JOB.id, None)
+    next(lines)
+    monkeypatch.setattr(Store, "get", locked)
+    *_, last = lines
+    found = Verification.model_validate_json(last)
+    assert (found.verdict, [c.verdict for c in found.checkpoints]) == ("damaged", ["well", "damaged"])
+    assert [damage.name for damage in found.checkpoints[1].damage] == [PARTS[0]]
 
 
 def test_after_a_store_that_is_away_no_other_checkpoint_is_asked_for(verified: Verified) -> None:
@@ -360,6 +526,10 @@ def test_after_a_store_that_is_away_no_other_checkpoint_is_asked_for(verified: V
     assert len(asked) == 1
 
 
+def locked(self: Store, *_: Any) -> str:
+    raise OperationalError("insert", {}, Exception("database is locked"))
+
+
 def refuse(asked: list[str], key: str) -> None:
     asked.append(key)
     raise StorageUnavailable(f"the store did not answer for {key}")
@@ -369,15 +539,11 @@ def test_without_the_database_nothing_keeps_a_checkpoint_and_the_verdict_is_open
     verified: Verified, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = verified.jobs.verify(ME, JOB.id, None)
-
-    def locked(self: Store, *_: Any) -> str:
-        raise OperationalError("insert", {}, Exception("database is locked"))
-
     monkeypatch.setattr(Store, "pin", locked)
     [line] = lines
     found = Verification.model_validate_json(line)
     assert found.verdict == "unknown"
-    assert "the database does not answer" in found.checkpoints[0].message
+    assert "the database does not answer" in found.checkpoints[1].message
 
 
 def test_each_checkpoint_is_pinned_while_it_is_read_however_long_that_takes(
@@ -406,7 +572,7 @@ def test_the_pin_is_let_go_of_when_nobody_listens_any_more(verified: Verified, t
         if len(sent) > taken:
             raise OSError  # as the server says it
         sent.append(message)
-        assert message["type"] == "http.response.start" or verified.pinned() == {4}
+        assert message["type"] == "http.response.start" or verified.pinned() == {8}
 
     async def receive() -> Any:
         raise AssertionError("not looked at")
@@ -422,7 +588,7 @@ def test_a_store_that_goes_is_in_the_log(verified: Verified, caplog: pytest.LogC
     with caplog.at_level(logging.ERROR):
         verified.verdict(meanwhile=lambda line: setattr(verified.bucket, "reachable", False))
     assert [text.split(":")[0] for text in caplog.messages] == [f"job {JOB.id}"]
-    assert "the verification of step 4 breaks off" in caplog.messages[0]
+    assert "the verification of step 8 breaks off" in caplog.messages[0]
 
 
 def test_only_what_is_on_the_history_is_verified(verified: Verified) -> None:
