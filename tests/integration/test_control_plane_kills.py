@@ -44,6 +44,7 @@ from service.store import Store
 from service.tables import idempotency, metadata
 from tests.fakes import FakeRay, dataset
 from tests.faults.control_planes import ControlPlanes, control_planes, steady_port
+from tests.faults.moments import Moments
 from tests.faults.ray_server import ray_server
 from tests.faults.waiting import wait_until
 from tests.replay import ran, replayed
@@ -67,30 +68,6 @@ TRACE = {"connection.connect_tcp.complete": "connection", "http11.send_request_b
 """What the HTTP client calls the moments at which it has a connection, and at which its request is on the way."""
 AIMS = {"start": (1, 0.2), "request": (3, 0.06), "commit": (4, 0.01), "submission": (1, 0.03), "end": (1, 0.1)}
 """What a kill is aimed at: at most which of these in a life, and within how many seconds after it the kill comes."""
-
-
-class Moments:
-    """What happens around the control plane, counted, so that a kill can be aimed at it."""
-
-    def __init__(self, database: Path) -> None:
-        self._log = database.with_name(f"{database.name}-wal")
-        self._seen: Counter[str] = Counter()
-
-    def note(self, name: str) -> None:
-        self._seen[name] += 1
-
-    def await_next(self, name: str, deadline: float) -> None:
-        before = self._look(name)
-        while self._look(name) == before and time.monotonic() < deadline:
-            time.sleep(0.0005)
-
-    def _look(self, name: str) -> int:
-        """Return a number that changes when it happens; a commit writes to the database's write-ahead log."""
-        if name != "commit":
-            return self._seen[name]
-        with suppress(FileNotFoundError):  # the last connection to close takes it away
-            return self._log.stat().st_mtime_ns
-        return 0
 
 
 @dataclass
@@ -128,6 +105,7 @@ class Users:
         """Look at a job that was acknowledged: whoever answers knows it."""
         with suppress(httpx2.TransportError):
             answer = http.get(f"/v1/jobs/{job_id}", extensions={"trace": self._watch})
+            self._count("answers")
             assert answer.status_code == 200, answer.text
         self.over.wait(0.02)
 
@@ -146,6 +124,7 @@ class Users:
                 unanswered = True
                 self._count("unanswered")
             else:
+                self._count("answers")
                 assert answer.status_code in (200, 201), answer.text
                 self._acknowledge(key, answer, unanswered)
                 return answer.status_code
@@ -233,6 +212,8 @@ class Killing:
     workers: Workers
     moments: Moments
     url: str
+    served: int = 0
+    """Lives that have answered somebody before they were killed."""
     fate: random.Random = field(default_factory=lambda: random.Random(SEED))
 
     @contextmanager
@@ -250,6 +231,7 @@ class Killing:
         """Start a control plane and kill it at an instant that the seed says."""
         aim, (most, within) = self.fate.choice(list(AIMS.items()))
         times, delay = self.fate.randint(1, most), self.fate.uniform(0, within)
+        answers = self.users.counts["answers"]
         life = self.planes.start()
         if aim != "start":
             began = time.monotonic()
@@ -260,6 +242,7 @@ class Killing:
                 self.moments.await_next(aim, deadline)
         time.sleep(delay)
         self.planes.kill(life)
+        self.served += self.users.counts["answers"] > answers
 
     def live_on(self, tasks: list[Future[None]]) -> None:
         """Start a last control plane, and let every job come to its end."""
@@ -310,13 +293,15 @@ def test_whenever_the_control_plane_is_killed_each_acknowledged_job_is_submitted
                 seconds = time.monotonic() - began
                 killing.live_on(tasks)
 
-    jobs, counts = users.acknowledged, users.counts
+    jobs, counts, served = users.acknowledged, users.counts, killing.served
     with capsys.disabled():
         print(
-            f"\n{KILLS} kills in {seconds:.0f} s ({KILLS / seconds:.1f}/s, seed {SEED}), {len(jobs)} jobs; "
+            f"\n{KILLS} kills in {seconds:.0f} s ({KILLS / seconds:.1f}/s, seed {SEED}), {served} of which hit one "
+            f"that had answered somebody; {len(jobs)} jobs; "
             f"{counts['unanswered']} posts without an answer, {counts['absorbed']} of which had made the job; "
             f"Ray lost {lost.lost} of {lost.drawn} replies and refused {len(ray.posts) - len(ray.taken)} submissions"
         )
+    assert_hit(len(jobs), served, counts["unanswered"], lost.lost)
     engine = make_engine(f"sqlite:///{database}")
     try:
         assert_sound(engine)
@@ -342,6 +327,14 @@ class Losses:
         gone = self._fate.random() < LOST_REPLIES
         self.lost += gone
         return gone
+
+
+def assert_hit(jobs: int, served: int, unanswered: int, lost: int) -> None:
+    """The kills came while there was something to hit: the other assertions would hold if nothing had happened."""
+    assert served >= KILLS / 5, "most of the control planes were killed before they had answered anybody"
+    assert jobs >= KILLS / 10, "there was hardly a job to lose"
+    assert unanswered > 0, "no kill came between a submission and its answer"
+    assert lost > 0, "Ray lost no reply"
 
 
 def assert_sound(engine: sa.Engine) -> None:
