@@ -9,8 +9,8 @@ from api.jobs import Job, JobState
 from tests.e2e.harness import Stack, follow, running_stack
 from tests.soak import soak
 
-#: In full only; what it does is done in short by test_faults.py and test_ray_lost.py.
-collect_ignore = soak([], ["test_storm.py"])
+#: By `make soak` only: in short, test_faults.py and test_ray_lost.py kill, and the integration tests' watchdogs watch.
+collect_ignore = soak([], ["test_storm.py", "test_frozen_rank.py"])
 
 STEPS = 60
 #: After the second checkpoint (20), off the interval.
