@@ -36,7 +36,7 @@ def bar(console: Console) -> Iterator[ShowChecking]:
 
 def verification(found: Verification) -> RenderableType:
     if not found.checkpoints:
-        return Text("There are no checkpoints yet.")
+        return Text("There are no checkpoints.")
     rows = table(*map(right, ("STEP", "PARTS", "SIZE")), Column(text("VERDICT")))
     for checkpoint in found.checkpoints:
         rows.add_row(

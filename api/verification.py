@@ -78,10 +78,10 @@ _LINE: TypeAdapter[Checking | Verification] = TypeAdapter(
 
 
 def verdict_of(checkpoints: list[CheckedCheckpoint]) -> Verdict:
-    """Return the verdict on several checkpoints."""
+    """Return the verdict on several checkpoints; of none it is `gone`, since nothing there was found well."""
     found = {checkpoint.verdict for checkpoint in checkpoints}
     worst: tuple[Verdict, ...] = ("damaged", "unknown", "well", "gone")
-    return next((verdict for verdict in worst if verdict in found), "well")
+    return next((verdict for verdict in worst if verdict in found), "gone")
 
 
 def read_verification(

@@ -204,7 +204,7 @@ def _judged(at: CheckpointRef, manifest: Manifest, damage: list[Damage]) -> Chec
         step=at.step,
         segment=at.segment,
         verdict="damaged" if damage else "well",
-        message=f"{len(damage)} of {count} parts damaged" if damage else "every byte is what was written",
+        message=f"{len(damage)} of {count} parts" if damage else "every byte is what was written",
         parts=count,
         size=manifest.size,
         damage=damage,
@@ -225,7 +225,7 @@ def _examine(bucket: Bucket, prefix: str, part: Receipt) -> Iterator[int | Damag
     except InvalidData as error:  # it was cut short meanwhile
         yield Damage(name=part.name, kind="short", message=str(error), tensors=sorted(part.tensors))
     else:
-        words = f"{key} is not what its manifest has the sha256 of"
+        words = f"{key} has another sha256 than its manifest says"
         if size != part.size:
             words = f"{key} has {size} bytes, and its manifest says {part.size}"
         yield Damage(name=part.name, kind="short" if size < part.size else "altered", message=words, tensors=tensors)

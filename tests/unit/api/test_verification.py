@@ -85,8 +85,8 @@ def test_the_exit_code_is_the_verdict(found: str, code: int, output: list[str]) 
 
 
 def test_a_job_without_checkpoints_is_told() -> None:
-    result = lockstep(Server(GET__verification=told(verdict("well"))), "checkpoints", "verify", ID)
-    assert (result.exit_code, result.stdout) == (0, "There are no checkpoints yet.\n")
+    result = lockstep(Server(GET__verification=told(verdict("gone"))), "checkpoints", "verify", ID)
+    assert (result.exit_code, result.stdout) == (2, "There are no checkpoints.\n")
 
 
 def test_programs_get_the_very_verdict_and_no_progress() -> None:
@@ -175,7 +175,7 @@ def test_lines_are_the_same_however_the_bytes_arrive(lines: list[bytes], cuts: s
 @pytest.mark.parametrize(
     ("verdicts", "of_all"),
     [
-        ([], "well"),
+        ([], "gone"),
         (["well"], "well"),
         (["gone"], "gone"),
         (["well", "gone"], "well"),

@@ -188,7 +188,7 @@ def test_a_damaged_tensor_of_the_model_is_named_and_no_other(verified: Verified)
     verified.change(part, lambda body: flipped(body, start + 5))
     [damage] = verified.of(8).damage
     assert (damage.name, damage.kind, damage.tensors) == (part, "altered", ["model.b"])
-    assert damage.message.endswith(f"{part} is not what its manifest has the sha256 of")
+    assert damage.message.endswith(f"{part} has another sha256 than its manifest says")
 
 
 def test_damage_in_the_optimizers_state_leaves_the_model_whole(verified: Verified) -> None:
@@ -227,7 +227,7 @@ def test_a_missing_part_is_told_with_all_of_its_tensors(verified: Verified) -> N
     expected = verified.tensors(PARTS[0])
     del verified.bucket.content[PREFIX + PARTS[0]]
     found = verified.of(8)
-    assert (found.verdict, found.message) == ("damaged", "1 of 2 parts damaged")
+    assert (found.verdict, found.message) == ("damaged", "1 of 2 parts")
     [damage] = found.damage
     assert (damage.name, damage.kind, damage.tensors) == (PARTS[0], "missing", expected)
 
@@ -596,9 +596,9 @@ def test_only_what_is_on_the_history_is_verified(verified: Verified) -> None:
     assert [c.step for c in verified.verdict().checkpoints] == [4]
 
 
-def test_a_job_without_checkpoints_has_none_that_is_damaged(verified: Verified) -> None:
+def test_a_job_without_checkpoints_has_none_that_is_damaged_and_none_that_is_well(verified: Verified) -> None:
     drop(verified.bucket, LAYOUT.prefix)
-    assert verified.lines() == [Verification(verdict="well", checkpoints=[])]
+    assert verified.lines() == [Verification(verdict="gone", checkpoints=[])]
 
 
 def put(service: Service) -> str:
