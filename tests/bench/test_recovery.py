@@ -3,11 +3,13 @@
 Some five minutes. No verdict: the peer keeps the interval of 2 s at which Ray looks at its workers, the service has
 0.5 s. The parts of each round, in seconds:
 
-- detect: from the kill until Ray Train begins another worker group
+- detect: from the kill until Ray Train has ended the old worker group
 - schedule: until the process of the new rank 0 exists
 - import: until our code runs in it: Python, torch, Ray Train, the meeting of the ranks
-- restore: until the checkpoint is read (and, by the service, verified to the last byte)
-- first step: until a step is done; the service builds its model in this part, and runs one step for nothing before
+- restore: until the checkpoint is read: by the service verified to the last byte, by the peer put into its model, which
+  is built in this part
+- first step: until a step is done; the service opens its data, measures the hardware, builds its model and runs one step
+  for nothing in this part
 """
 
 import json
@@ -56,13 +58,13 @@ def rank(stack: Stack, run: str, number: int, group: int) -> int:
 
 
 def second_group(stack: Stack, run: str) -> tuple[float, float]:
-    """Return when Ray Train began a run's second worker group, and when that group's rank 0 became a process."""
+    """Return when Ray Train had ended a run's first worker group, and when the second one's rank 0 became a process."""
 
     def there() -> tuple[float, float] | None:
         groups = stack.train_run(run)["attempts"]
         if len(groups) < 2 or not groups[1]["workers"]:
             return None
-        return groups[1]["start_time_ns"] / 1e9, psutil.Process(rank(stack, run, 0, 1)).create_time()
+        return groups[0]["end_time_ns"] / 1e9, psutil.Process(rank(stack, run, 0, 1)).create_time()
 
     found: tuple[float, float] = wait_until(there, 120, "another worker group")
     return found
@@ -75,7 +77,7 @@ def of_the_service(stack: Stack) -> list[float]:
     run = f"{job.id}-1"
     killed = time.time()
     kill(psutil.Process(rank(stack, run, 1, 0)))
-    group, process = second_group(stack, run)
+    ended, process = second_group(stack, run)
     resumed = wait_until(lambda: [e for e in stack.client.events(job.id).items if e.type == "resumed"], 120, "resume")[
         0
     ]
@@ -86,7 +88,7 @@ def of_the_service(stack: Stack) -> list[float]:
     points = stack.client.metrics(job.id, from_step=resumed.data["step"] + 1).items
     assert follow(stack.client, segment, 60).state is JobState.CANCELLED
     stepped = min(point.at.timestamp() for point in points if point.at.timestamp() > restored)
-    return parts(killed, group, process, restored - resumed.data["seconds"], restored, stepped)
+    return parts(killed, ended, process, restored - resumed.data["seconds"], restored, stepped)
 
 
 def of_plain_ray(stack: Stack, shard: Path, folder: Path) -> list[float]:
@@ -105,12 +107,12 @@ def of_plain_ray(stack: Stack, shard: Path, folder: Path) -> list[float]:
     wait_until(lambda: len(notes("step")) >= KILL_AFTER, 180, "steps of plain Ray Train")
     killed = time.time()
     kill(psutil.Process(rank(stack, folder.name, 1, 0)))
-    group, process = second_group(stack, folder.name)
+    ended, process = second_group(stack, folder.name)
     wait_until(lambda: any(at > killed + 1 and at > notes("begin")[-1] for at in notes("step")), 120, "a step")
     begun, restored = notes("begin")[1], notes("restored")[1]
     stack.ray(f"/api/jobs/{submission}/stop", {})
     wait_until(lambda: stack.ray(f"/api/jobs/{submission}")["status"] == "STOPPED", 60, "it to be stopped")
-    return parts(killed, group, process, begun, restored, min(at for at in notes("step") if at > restored))
+    return parts(killed, ended, process, begun, restored, min(at for at in notes("step") if at > restored))
 
 
 def parts(*times: float) -> list[float]:
