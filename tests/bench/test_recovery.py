@@ -8,11 +8,12 @@ Some five minutes. No verdict: the peer keeps the interval of 2 s at which Ray l
 - import: until our code runs in it: Python, torch, Ray Train, the meeting of the ranks
 - restore: until the checkpoint is read: by the service verified to the last byte, by the peer put into its model, which
   is built in this part
-- first step: until a step is done; the service opens its data, measures the hardware, builds its model and runs one step
+- first step: until a step is done; the service opens its data, measures the hardware, builds its model and runs a step
   for nothing in this part
 """
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -32,7 +33,7 @@ from tests.bench.ways import spec
 from tests.e2e.harness import CLOCKS, Stack, follow, kill, reached, running_stack, wait_until
 from tests.e2e.shakespeare import example
 
-ROUNDS, KILL_AFTER, EVERY = 3, 45, 20
+ROUNDS, KILL_AFTER, EVERY = int(os.environ.get("LOCKSTEP_BENCH_ROUNDS", "3")), 45, 20
 PARTS = ("detect", "schedule", "import", "restore", "first step")
 
 
