@@ -25,7 +25,7 @@ def submission(
                 "PYTHONSAFEPATH": "1",
                 "PYTHONUNBUFFERED": "1",
                 "RAY_JOB_STOP_WAIT_TIME_S": "20",
-                # How soon the end of a group, or the death of a rank, is noticed; Ray's own 2 s are most of a restart.
+                # Between two looks at the workers: how soon an end or a death is noticed. Ray's own is 2 s.
                 "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
                 # A rank that hangs inside native code with the interpreter's lock held is not seen by its watchdog.
                 "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
