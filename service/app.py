@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Lifespan
 
 from api import __version__
@@ -14,6 +15,7 @@ from service import docs, health, problems, routes
 from service.auth import ensure_key
 from service.database import make_engine, migrate
 from service.jobs import Jobs
+from service.leases import Leases
 from service.metrics import Measures, Watched
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
@@ -41,8 +43,9 @@ def create_app(settings: Settings) -> FastAPI:
     bucket = Bucket(settings.storage, Timeouts(connect=2.0, read=settings.storage_timeout, attempts=3))
     ray = RayBackend(settings.ray_address, settings.ray_token_path, settings.request_timeout)
     measures = Measures(store, lambda: health.look_at(health.checks_of(app.state)))
-    reconciler = Reconciler(store, bucket, ray, settings, measures.note_pass)
-    loops = (reconciler.loop, Retention(store, bucket, settings).loop)
+    leases = Leases(engine, settings.lease_seconds)
+    reconciler = Reconciler(store, bucket, ray, settings, leases, measures.note_pass)
+    loops = (reconciler.loop, Retention(store, bucket, settings, leases).loop)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -51,6 +54,8 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         for loop in loops:
             loop.stop()
+        with suppress(SQLAlchemyError):  # they end by themselves
+            leases.release()
         ray.close()
         engine.dispose()
 

@@ -1,28 +1,95 @@
 """The database: its schema, and connections to it."""
 
+import json
+import logging
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+logger = logging.getLogger("lockstep.service")
 
 
 def migrate(database_url: str, revision: str = "head") -> None:
-    """Bring the schema up to date, or to a revision; an empty database gets everything."""
+    """Bring the schema up to date, or to a revision; an empty database gets everything.
+
+    A schema newer than this release knows is left as it is: each one serves the release before it, too, so that a
+    release can be taken back, and old and new replicas can work side by side while they are replaced.
+    """
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["url"] = database_url
-    command.upgrade(config, revision)
+    if _is_known(config, database_url):
+        command.upgrade(config, revision)
+
+
+def _is_known(config: Config, database_url: str) -> bool:
+    """Whether the schema of a database is one that this release can have made or can bring up to date."""
+    engine = make_engine(database_url)
+    with engine.begin() as connection:
+        revision = MigrationContext.configure(connection).get_current_revision()
+    engine.dispose()
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if revision is None or revision in known:
+        return True
+    logger.warning("the database has schema %s of a newer release; it is left as it is", revision)
+    return False
 
 
 def make_engine(database_url: str) -> sa.Engine:
-    """Return an engine; SQLite gets write-ahead logging, full durability and patience with locks."""
-    engine = sa.create_engine(database_url)
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _configure_sqlite)
-        sa.event.listen(engine, "begin", _begin_sqlite)
+    """Return an engine for SQLite or PostgreSQL, each set up to lose nothing and to wait for nobody for ever."""
+    url = sa.make_url(database_url)
+    if url.get_backend_name() == "postgresql":
+        options = f"{_POSTGRES_OPTIONS} {url.query.get('options', '')}"
+        # A connection that the server has closed meanwhile is noticed before it is used.
+        return sa.create_engine(
+            url.set(drivername="postgresql+psycopg"),
+            connect_args={"connect_timeout": 5, "options": options, "application_name": "lockstep"},
+            pool_pre_ping=True,
+            json_serializer=_dumps,
+            pool_size=10,
+            max_overflow=30,
+        )
+    engine = sa.create_engine(url, json_serializer=_dumps)
+    sa.event.listen(engine, "connect", _configure_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+_POSTGRES_OPTIONS = " ".join(
+    f"-c {setting}"
+    for setting in (
+        "timezone=UTC",
+        "synchronous_commit=on",  # what is acknowledged is on disk, whatever the server's own default
+        "statement_timeout=30s",
+        "lock_timeout=10s",
+        "idle_in_transaction_session_timeout=60s",
+    )
+)
+
+
+def _dumps(value: Any) -> str:
+    """Write JSON without NaN and infinities, which PostgreSQL refuses and a worker's event may hold."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if isfinite(value) else None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list():
+            return [_finite(item) for item in value]
+    return value
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -27,6 +27,7 @@ from api.names import submission_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
 from service.failpoints import failpoint
+from service.leases import Leases
 from service.lifecycle import (
     Begin,
     Decision,
@@ -67,11 +68,12 @@ class Reconciler:
         bucket: Bucket,
         ray: RayBackend,
         settings: Settings,
+        leases: Leases,
         note_pass: Callable[[float], None] = lambda seconds: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         """`note_pass` hears of each complete pass how long it took; `clock` gives monotonic seconds."""
-        self._store, self._bucket, self._ray, self._settings = store, bucket, ray, settings
+        self._store, self._bucket, self._ray, self._settings, self._leases = store, bucket, ray, settings, leases
         self._note_pass, self._clock = note_pass, clock
         self._standstill = Standstill(settings.start_deadline)
         self._stranded: dict[str, datetime] = {}
@@ -91,18 +93,25 @@ class Reconciler:
             self._note_pass(perf_counter() - began)
 
     def reconcile_all(self) -> None:
-        """One pass over every live job, oldest first, and over what deleted jobs left."""
-        live = self._store.live()
+        """One pass over every live job, oldest first, and over what deleted jobs left.
+
+        Whose turn it is follows from all of them; to act on a job is the matter of the control plane that leases it.
+        """
+        live, deleted = self._store.live(), self._store.to_purge()
+        ours = self._leases.share(job.id for job in (*live, *deleted))
         if live:
             cluster = observe_cluster(self._ray)
             turns = take_turns(live, cluster.nodes, self._settings, now())
             self._stranded, turns = lasting(self._stranded, turns, now())
+            self._standstill.keep(ours)
             for job in live:
                 if self.loop.stopping:
                     return
-                self._reconcile_safely(job, cluster, turns.get(job.id, Turn()))
-        for job in self._store.to_purge():
-            self._purge(job)
+                if job.id in ours:
+                    self._reconcile_safely(job, cluster, turns.get(job.id, Turn()))
+        for job in deleted:
+            if job.id in ours:
+                self._purge(job)
 
     def _reconcile_safely(self, job: JobRow, cluster: ClusterView, turn: Turn) -> None:
         """One job's trouble must not stop the others."""
@@ -230,8 +239,15 @@ class Reconciler:
         if job.attempt:
             # Before the state: a reader of the bucket alone must find the end of whatever the database calls ended.
             self._bucket.put_document(JobLayout(job.project, job.id).final, document)
-        self._enter(job, state, message, changes, data={"reason": reason})
+        if self._enter(job, state, message, changes, data={"reason": reason}) is None and job.attempt:
+            self._correct_final(job)
         self._standstill.forget(job.id)
+
+    def _correct_final(self, job: JobRow) -> None:
+        """Another control plane was faster. If that ended the job, the bucket shall tell its end and not ours."""
+        present = self._store.get(job.id, job.project)
+        if present is not None and JobState(present.state).ended:
+            self._bucket.put_document(JobLayout(job.project, job.id).final, final_document(present))
 
     def _history_end(self, job: JobRow) -> CheckpointRef | None:
         if not job.attempt:
@@ -303,6 +319,16 @@ def view(job: JobRow) -> JobView:
         state_since=job.state_since,
         not_before=job.not_before,
         deadline=deadline,
+    )
+
+
+def final_document(job: JobRow) -> FinalDocument:
+    """Return what the bucket keeps of the end of a job that has ended."""
+    assert job.ended_at is not None
+    assert job.reason is not None
+    end = CheckpointRef.model_validate(job.history_end) if job.history_end is not None else None
+    return FinalDocument(
+        state=JobState(job.state), reason=Reason(job.reason), message=job.message, end=end, created_at=job.ended_at
     )
 
 

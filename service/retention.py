@@ -22,6 +22,7 @@ from api.layout import JobLayout, SegmentId
 from api.manifest import read_manifest
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
+from service.leases import Leases
 from service.periodic import Periodic
 from service.rows import JobRow, Mark, NewEvent
 from service.settings import Settings
@@ -172,8 +173,8 @@ class _Memory:
 class Retention:
     """Looks at the checkpoints of every training job, once in each interval, until it has ended and is in order."""
 
-    def __init__(self, store: Store, bucket: Bucket, settings: Settings) -> None:
-        self._store, self._bucket = store, bucket
+    def __init__(self, store: Store, bucket: Bucket, settings: Settings, leases: Leases) -> None:
+        self._store, self._bucket, self._leases = store, bucket, leases
         self._grace = timedelta(seconds=settings.retention_grace)
         self._memory: dict[str, _Memory] = {}
         # In a thread of its own: it lists a lot, and no wish to stop shall wait for that.
@@ -181,6 +182,8 @@ class Retention:
 
     def run(self, now: datetime) -> None:
         """One pass. The trouble of one job stops no other; a bucket that does not answer stops all."""
+        if not self._leases.hold("retention"):
+            return
         jobs = self._store.retained()
         self._memory = {job.id: self._memory.get(job.id, _Memory()) for job in jobs}
         for job in jobs:

@@ -29,6 +29,10 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     """Where Prometheus may scrape the control plane, on the same host; unset, nowhere. It asks for no key."""
     database_url: str = "sqlite:///lockstep.db"
+    """SQLite for one control plane, or postgresql://user@host/database for any number; libpq's own variables, such as
+    PGPASSWORD, count too."""
+    lease_seconds: float = Field(default=15.0, gt=0)
+    """For how long the work of a control plane that has died is left to it, where there are several."""
     storage: str = ""
     """s3://bucket/prefix; endpoint and credentials by the AWS SDK's own variables."""
     ray_address: str = "http://127.0.0.1:8265"
@@ -80,6 +84,13 @@ class Settings(BaseSettings):
     def _storage_is_a_bucket(cls, value: str) -> str:
         if not value.startswith("s3://"):
             raise ValueError("set LOCKSTEP_STORAGE to s3://bucket/prefix")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _database_is_one_that_we_know(cls, value: str) -> str:
+        if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
+            raise ValueError("set LOCKSTEP_DATABASE_URL to sqlite:///file or postgresql://user@host/database")
         return value
 
     @model_validator(mode="after")

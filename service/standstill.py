@@ -1,6 +1,6 @@
 """Notices that a run has stood still for twice as long as its own watchdogs allow: then they failed, too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from api.documents import HeartbeatDocument
@@ -30,6 +30,10 @@ class Standstill:
 
     def forget(self, job_id: str) -> None:
         self._seen.pop(job_id, None)
+
+    def keep(self, job_ids: Collection[str]) -> None:
+        """Forget all but these jobs: what we do not look at may move."""
+        self._seen = {job_id: sight for job_id, sight in self._seen.items() if job_id in job_ids}
 
     def look(
         self,

@@ -186,11 +186,13 @@ class Store:
         return [Mark(CheckpointRef(segment=r.segment, step=r.step), r.marked_at, bool(r.doomed)) for r in rows]
 
     def mark(self, job_id: str, new: Collection[CheckpointRef], at: datetime) -> None:
-        """Mark checkpoints that bear no mark yet."""
-        if new:
-            rows = [{**_place(job_id, ref), "marked_at": at, "doomed": 0} for ref in new]
-            with self._writer.begin() as connection:
-                connection.execute(marks.insert(), rows)
+        """Mark those checkpoints that bear no mark yet."""
+        with self._writer.begin() as connection:
+            self._lock(connection, job_id)
+            known = connection.execute(sa.select(marks.c.segment, marks.c.step).where(marks.c.job_id == job_id)).all()
+            rows = [_place(job_id, ref) for ref in new if (ref.segment, ref.step) not in known]
+            if rows:
+                connection.execute(marks.insert().values(marked_at=at, doomed=0), rows)
 
     def unmark(self, job_id: str, refs: Collection[CheckpointRef]) -> None:
         """Take marks away: their checkpoints are needed again, or gone."""
@@ -223,7 +225,7 @@ class Store:
             doomed = connection.execute(sa.select(marks.c.step).where(*_at(marks, job_id, ref), marks.c.doomed == 1))
             if gone or doomed.first() is not None:
                 return None
-            connection.execute(pins.delete().where(pins.c.expires_at <= at))
+            connection.execute(pins.delete().where(pins.c.job_id == job_id, pins.c.expires_at <= at))
             connection.execute(pins.insert().values(id=pin, **_place(job_id, ref), why=why, expires_at=expires_at))
         return pin
 

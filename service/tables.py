@@ -20,7 +20,17 @@ class UtcDateTime(TypeDecorator[datetime]):
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        return None if value is None else value.replace(tzinfo=UTC)
+        return None if value is None else value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class PlainText(TypeDecorator[str]):
+    """Text from outside, such as the last words of a worker. PostgreSQL takes no NUL, so none is kept anywhere."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.replace("\x00", "\N{REPLACEMENT CHARACTER}")
 
 
 jobs = Table(
@@ -37,7 +47,7 @@ jobs = Table(
     Column("state", String(16), nullable=False),
     Column("state_since", UtcDateTime, nullable=False),
     Column("reason", String(32)),
-    Column("message", Text, nullable=False),
+    Column("message", PlainText, nullable=False),
     Column("cancel_requested", Integer, nullable=False, default=0),
     Column("keep_checkpoint", Integer, nullable=False, default=0),
     Column("pause_requested", Integer, nullable=False, default=0),
@@ -75,7 +85,7 @@ events = Table(
     Column("seq", Integer, primary_key=True),
     Column("at", UtcDateTime, nullable=False),
     Column("type", String(32), nullable=False),
-    Column("message", Text, nullable=False),
+    Column("message", PlainText, nullable=False),
     Column("state", String(16)),
     Column("data", JSON, nullable=False),
 )
@@ -122,4 +132,12 @@ pins = Table(
     Column("expires_at", UtcDateTime, nullable=False),
     Column("holder", String(32)),
     Index("pins_by_job", "job_id"),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("holder", String(64), nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
 )

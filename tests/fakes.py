@@ -8,9 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx2
@@ -34,12 +32,14 @@ from api.jobs import JobState, Progress, Reason
 from api.layout import JobLayout, chunk
 from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
 from api.storage import Bucket, ObjectInfo
-from service.database import make_engine, migrate
+from service.database import make_engine
+from service.leases import Leases
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
 from service.rows import JobRow, NewEvent
 from service.settings import Settings
 from service.store import Store
+from tests.databases import OPENED, database_url, make_database
 
 Hook = Callable[[str], None]
 """Called with the name of each side effect, before and after it; may raise."""
@@ -227,23 +227,21 @@ def row(number: int, spec: TrainSpec | PrepareSpec | None = None, **fields: Any)
 ACCEPTED = NewEvent("state", "accepted", JobState.QUEUED)
 
 
-@cache
-def _empty_database() -> bytes:
-    """A migrated database, made once: migrations take longer than most tests."""
-    with TemporaryDirectory() as folder:
-        migrate(f"sqlite:///{folder}/empty.db")
-        return Path(folder, "empty.db").read_bytes()
-
-
 def new_store(folder: Path) -> Store:
-    """Return a store on an empty database of its own, `lockstep.db` in the folder."""
-    (folder / "lockstep.db").write_bytes(_empty_database())
-    return Store(make_engine(f"sqlite:///{folder / 'lockstep.db'}"))
+    """Return a store on an empty database of its own, that of the folder."""
+    engine = make_engine(make_database(folder))
+    OPENED.append(engine)
+    return Store(engine)
+
+
+def leases_of(store: Store) -> Leases:
+    """Return the leases of one more control plane on the same database; they wait for none that was there before."""
+    return Leases(store._engine, seconds=0)
 
 
 def settings_for(folder: Path, **fields: Any) -> Settings:
     """Return settings of which nothing comes from the environment of whoever runs the tests."""
-    defaults = {"database_url": f"sqlite:///{folder / 'lockstep.db'}", "storage": "s3://memory/root"}
+    defaults = {"database_url": database_url(folder), "storage": "s3://memory/root"}
     return Settings(**{**defaults, **fields})
 
 
@@ -285,7 +283,12 @@ class World:
     def restart(self) -> None:
         """The control plane comes up again and remembers nothing."""
         self.reconciler = Reconciler(
-            self.store, self.bucket, self.ray.backend(), self.settings, clock=lambda: (self.now - T0).total_seconds()
+            self.store,
+            self.bucket,
+            self.ray.backend(),
+            self.settings,
+            leases_of(self.store),
+            clock=lambda: (self.now - T0).total_seconds(),
         )
 
     def add(self, number: int = 1, origin: CheckpointRef | None = None, **fields: Any) -> JobRow:

@@ -13,7 +13,7 @@ from api.spec import TrainSpec
 from api.storage import Bucket
 from service.retention import Retention
 from service.store import Store
-from tests.fakes import ACCEPTED, T0, new_store, row
+from tests.fakes import ACCEPTED, T0, leases_of, new_store, row
 from tests.fakes import settings_for as service_settings
 from tests.integration.test_train_one_process import assert_same_bits, crash, state_at
 from tests.training import (
@@ -57,7 +57,7 @@ def change(store: Store, job: JobDocument, **changes: Any) -> None:
 
 def retain(store: Store, bucket: Bucket, folder: Path) -> None:
     """Let retention come to its end: each pass is longer after the one before than the grace."""
-    retention = Retention(store, bucket, service_settings(folder))
+    retention = Retention(store, bucket, service_settings(folder), leases_of(store))
     for hours in range(4):
         retention.run(T0 + timedelta(hours=hours))
 
@@ -110,7 +110,7 @@ def test_retention_without_a_pause_harms_no_run(
     job = train_job("busy", steps=30, checkpoint={"every": 2, "keep_last": 1}, evaluate={"every": 30, "sequences": 10})
     accept(store, job)
     clocks = {"start_deadline": 0.0, "retention_grace": 1e-6, "retention_interval": 1e-6}
-    retention = Retention(store, bucket, service_settings(tmp_path, **clocks))
+    retention = Retention(store, bucket, service_settings(tmp_path, **clocks), leases_of(store))
     ended: list[str] = []
 
     def train() -> None:

@@ -19,7 +19,7 @@ from service.export import PIN, File
 from service.jobs import Jobs
 from service.reconciler import Reconciler
 from service.retention import Retention, policy_of
-from tests.fakes import T0, FakeRay, dataset, job_id, new_store, settings_for
+from tests.fakes import T0, FakeRay, dataset, job_id, leases_of, new_store, settings_for
 from tests.stepping import SteppedBucket, Work, make_steps
 from tests.unit.service.racing_jobs import LIVE, MARKS, VOCAB, WHO, Group, Place, Run, parts_of
 from workers.restore import newest_valid, read_checkpoint, read_segments
@@ -63,8 +63,8 @@ class RacingWorld:
 
     def _start_anew(self) -> None:
         """The control plane comes up and remembers nothing."""
-        self.retention = Retention(self.store, self.bucket, self.settings)
-        self.reconciler = Reconciler(self.store, self.bucket, self.ray, self.settings)
+        self.retention = Retention(self.store, self.bucket, self.settings, leases_of(self.store))
+        self.reconciler = Reconciler(self.store, self.bucket, self.ray, self.settings, leases_of(self.store))
 
     def _those(self, *states: JobState) -> list[Run]:
         return [run for run in self.runs if not run.deleted and run.state in states]

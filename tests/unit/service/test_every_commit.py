@@ -20,6 +20,8 @@ from tests.fakes import T0, Crash, World, job_id, no_hook
 from tests.replay import replayed
 from tests.unit.service.mortal import Mortal
 
+pytestmark = pytest.mark.database
+
 Scenario = Callable[[World], Iterator[Callable[[], bool]]]
 """What users and workers do; it yields what it waits for."""
 PASSES = 40

@@ -13,7 +13,7 @@ from service.reconciler import job_document
 from service.retention import Retention
 from service.rows import JobRow
 from tests.checkpoints import ref
-from tests.fakes import ACCEPTED, T0, dataset, job_id, prepare_spec, row, settings_for, train_spec
+from tests.fakes import ACCEPTED, T0, dataset, job_id, leases_of, prepare_spec, row, settings_for, train_spec
 from tests.unit.service.in_process import BODY, Service, problem
 
 FROM = {"init": {"from_job": job_id(1)}}
@@ -178,7 +178,7 @@ def pinned(service: Service) -> set[CheckpointRef]:
 def keeping_one(service: Service, *places: str) -> Retention:
     """Insert a source of which only the newest checkpoint is to stay; return who sees to that."""
     source(service, *places, spec=train_spec(checkpoint={"every": 4, "keep_last": 1}))
-    return Retention(service.store, service.bucket, settings_for(service.folder))
+    return Retention(service.store, service.bucket, settings_for(service.folder), leases_of(service.store))
 
 
 def passes(retention: Retention) -> None:

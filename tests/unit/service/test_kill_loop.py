@@ -19,6 +19,8 @@ from tests.fakes import Crash, World, job_id, no_hook
 from tests.replay import ran, replayed
 from tests.unit.service.mortal import Mortal
 
+pytestmark = pytest.mark.database
+
 CRASHES = 200
 CPUS = 5
 HOLD = (JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)

@@ -16,12 +16,17 @@ from service.rows import NewEvent
 from service.store import Store
 from service.tables import metadata
 from tests.checkpoints import ref
-from tests.fakes import T0, job_id, new_store, row
+from tests.databases import database_url, make_schema, on_postgres
+from tests.fakes import ACCEPTED, T0, job_id, row
+
+pytestmark = pytest.mark.database
 
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'old.db'}"
+    if on_postgres():
+        make_schema(tmp_path)
+    return database_url(tmp_path)
 
 
 @pytest.fixture
@@ -38,11 +43,24 @@ def insert(engine: sa.Engine, table: str, **values: Any) -> None:
         connection.execute(sa.insert(found).values({name: values[name] for name in values if name in found.c}))
 
 
-def test_the_tables_agree_with_the_migrations(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
-    with store._engine.begin() as connection:
+def test_the_tables_agree_with_the_migrations(engine: sa.Engine, url: str) -> None:
+    migrate(url)
+    with engine.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    store._engine.dispose()
+
+
+def test_a_schema_of_a_newer_release_is_left_as_it_is(engine: sa.Engine, url: str) -> None:
+    """So that a release can be taken back: each schema serves the release before it, too."""
+    migrate(url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN of_tomorrow INTEGER"))
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    migrate(url)
+    with engine.begin() as connection:
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one() == "9999"
+    store = Store(engine)
+    assert store.insert(row(1), ACCEPTED, None) is None
+    assert store.live() == [row(1)]
 
 
 def test_migrating_twice_changes_nothing(engine: sa.Engine, url: str) -> None:

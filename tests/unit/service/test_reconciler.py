@@ -25,6 +25,8 @@ from service.observer import observe_cluster
 from service.rows import JobRow
 from tests.fakes import T0, Crash, World, job_id, row, train_spec
 
+pytestmark = pytest.mark.database
+
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:

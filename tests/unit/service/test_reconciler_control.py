@@ -11,6 +11,8 @@ from api.jobs import Reason
 from service.reconciler import view
 from tests.fakes import T0, World, job_id, row
 
+pytestmark = pytest.mark.database
+
 BATCH = {"global_size": 16, "micro_size": 2}
 FLEXIBLE: dict[str, Any] = {"batch": BATCH, "resources": {"workers": {"min": 1, "max": 4}}}
 

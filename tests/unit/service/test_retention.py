@@ -26,12 +26,15 @@ from tests.fakes import (
     MemoryBucket,
     World,
     job_id,
+    leases_of,
     new_store,
     prepare_spec,
     row,
     settings_for,
     train_spec,
 )
+
+pytestmark = pytest.mark.database
 
 
 class Kept:
@@ -45,7 +48,7 @@ class Kept:
 
     def restart(self) -> None:
         """The control plane comes up again and remembers nothing."""
-        self.retention = Retention(self.store, self.bucket, self.settings)
+        self.retention = Retention(self.store, self.bucket, self.settings, leases_of(self.store))
 
     def add(self, number: int = 1, keep_last: int | None = 1, state: str = "running", **fields: Any) -> JobRow:
         spec: TrainSpec = train_spec(checkpoint={"every": 4, "keep_last": keep_last})

@@ -28,6 +28,8 @@ from tests.stepping import Work
 from tests.unit.service.racing_jobs import GRACE, LIVE, POLICIES, START, WHO, Run, spec_of
 from tests.unit.service.racing_world import RacingWorld
 
+pytestmark = pytest.mark.database
+
 
 class Races(RacingWorld, RuleBasedStateMachine):
     """Jobs, forks, downloads, deletions and deaths, while retention goes from effect to effect."""

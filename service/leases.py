@@ -1,0 +1,87 @@
+"""Leases: how several control planes on one database share the work. They save work; correctness never needs them.
+
+A control plane that was too slow to keep a lease does no harm: what it decides is written only if nobody has changed
+the row meanwhile, Ray takes a submission id once, and a wish in the bucket is rewritten until it says what the row
+says. All times are the database's, so no two machines need to agree on theirs.
+"""
+
+import secrets
+import socket
+from collections.abc import Collection, Iterable
+from datetime import datetime, timedelta
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+
+from service.tables import leases
+
+_REPLICA = "replica "
+"""Begins the name of the lease that each control plane holds on itself."""
+
+
+class Leases:
+    """The leases of one control plane. An embedded database has one control plane, and everything is its own."""
+
+    def __init__(self, engine: sa.Engine, seconds: float) -> None:
+        """A lease that is not renewed for so many seconds is anybody's."""
+        self._engine, self._term = engine, timedelta(seconds=seconds)
+        self._alone = engine.dialect.name == "sqlite"
+        self.holder = f"{socket.gethostname()[:40]}-{secrets.token_hex(6)}"
+
+    def share(self, names: Iterable[str]) -> set[str]:
+        """Renew our leases on these names, take our share of those that nobody holds, and return all that are ours.
+
+        A share is what is left if all control planes that live have equally many; what we hold beyond it, and whatever
+        is not among the names any more, we let go.
+        """
+        wanted = sorted(set(names))
+        if self._alone:
+            return set(wanted)
+        with self._engine.begin() as connection:
+            now = connection.execute(sa.select(sa.func.now())).scalar_one()
+            self._take(connection, _REPLICA + self.holder, now)
+            held = {
+                row.name: row.holder for row in connection.execute(sa.select(leases).where(leases.c.expires_at > now))
+            }
+            replicas = sum(name.startswith(_REPLICA) for name in held)
+            ours = share_of(wanted, held, self.holder, max(replicas, 1))
+            taken = {name for name in ours if self._take(connection, name, now)}
+            self._drop(connection, keep={*taken, _REPLICA + self.holder})
+        return taken
+
+    def hold(self, name: str) -> bool:
+        """Renew or take one lease that only one control plane shall have; False if another one has it."""
+        if self._alone:
+            return True
+        with self._engine.begin() as connection:
+            return self._take(connection, name, connection.execute(sa.select(sa.func.now())).scalar_one())
+
+    def release(self) -> None:
+        """Let go of everything, so that others need not wait."""
+        if not self._alone:
+            with self._engine.begin() as connection:
+                connection.execute(leases.delete().where(leases.c.holder == self.holder))
+
+    def _take(self, connection: sa.Connection, name: str, now: datetime) -> bool:
+        """Take or renew a lease unless another control plane holds it."""
+        values = {"holder": self.holder, "expires_at": now + self._term}
+        free = sa.or_(leases.c.holder == self.holder, leases.c.expires_at <= now)
+        statement = insert(leases).values(name=name, **values)
+        statement = statement.on_conflict_do_update(index_elements=["name"], set_=values, where=free)
+        return connection.execute(statement.returning(leases.c.name)).first() is not None
+
+    def _drop(self, connection: sa.Connection, keep: Collection[str]) -> None:
+        """Let go of our leases on jobs that are not to be kept. The others are those that `hold` renews."""
+        ours = sa.and_(leases.c.holder == self.holder, leases.c.name.startswith("job-"))
+        connection.execute(leases.delete().where(ours, leases.c.name.not_in(keep)))
+
+
+def share_of(wanted: Collection[str], held: dict[str, str], holder: str, replicas: int) -> list[str]:
+    """Return the names that a control plane should hold now, in order: first what it has, then what nobody has.
+
+    At most its share, ⌈names ÷ control planes⌉.
+    """
+    share = -(-len(wanted) // replicas)
+    mine = [name for name in wanted if held.get(name) == holder][:share]
+    free = [name for name in wanted if name not in held][: share - len(mine)]
+    return sorted(mine + free)
