@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.databases import OPENED, SERVER
+from tests.databases import SERVER, close_all
 from tests.postgres import postgres
 
 _running = ExitStack()
@@ -15,8 +15,7 @@ _running = ExitStack()
 @pytest.fixture(autouse=True)
 def _databases_are_closed() -> Iterator[None]:
     yield
-    while OPENED:
-        OPENED.pop().dispose()
+    close_all()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,8 +17,19 @@ from service.tables import metadata
 SERVER = "LOCKSTEP_TEST_POSTGRES"
 """The variable that names the server, where the run has one."""
 
-OPENED: list[sa.Engine] = []
-"""What a test has opened and need not close itself."""
+_opened: list[sa.Engine] = []
+
+
+def opened(url: str) -> sa.Engine:
+    """Return an engine that the test need not close itself."""
+    engine = make_engine(url)
+    _opened.append(engine)
+    return engine
+
+
+def close_all() -> None:
+    while _opened:
+        _opened.pop().dispose()
 
 
 def on_postgres() -> bool:

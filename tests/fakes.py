@@ -32,14 +32,13 @@ from api.jobs import JobState, Progress, Reason
 from api.layout import JobLayout, chunk
 from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
 from api.storage import Bucket, ObjectInfo
-from service.database import make_engine
 from service.leases import Leases
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
 from service.rows import JobRow, NewEvent
 from service.settings import Settings
 from service.store import Store
-from tests.databases import OPENED, database_url, make_database
+from tests.databases import database_url, make_database, opened
 
 Hook = Callable[[str], None]
 """Called with the name of each side effect, before and after it; may raise."""
@@ -229,9 +228,7 @@ ACCEPTED = NewEvent("state", "accepted", JobState.QUEUED)
 
 def new_store(folder: Path) -> Store:
     """Return a store on an empty database of its own, that of the folder."""
-    engine = make_engine(make_database(folder))
-    OPENED.append(engine)
-    return Store(engine)
+    return Store(opened(make_database(folder)))
 
 
 def leases_of(store: Store) -> Leases:

@@ -105,10 +105,16 @@ class SteppedBucket(MemoryBucket):
 
 
 def make_steps(engine: sa.Engine) -> None:
-    """Make each transaction on a SQLite database an effect: it waits before it takes its lock."""
+    """Make each transaction an effect: it waits before it takes SQLite's lock, or before its first statement."""
 
     def statement(_connection: Any, _cursor: Any, text: str, *_: Any) -> None:
         if text.startswith("BEGIN"):
             before("write" if text == "BEGIN IMMEDIATE" else "read")
 
-    sa.event.listen(engine, "before_cursor_execute", statement)
+    def begin(connection: sa.Connection) -> None:
+        before("write" if connection.get_execution_options().get("writes") else "read")
+
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "before_cursor_execute", statement)
+    else:
+        sa.event.listen(engine, "begin", begin)

@@ -17,9 +17,11 @@ from api.layout import CheckpointLayout, DatasetLayout, JobLayout
 from api.manifest import sealed
 from service.export import PIN, File
 from service.jobs import Jobs
+from service.leases import Leases
 from service.reconciler import Reconciler
 from service.retention import Retention, policy_of
-from tests.fakes import T0, FakeRay, dataset, job_id, leases_of, new_store, settings_for
+from tests.databases import on_postgres, opened
+from tests.fakes import T0, FakeRay, dataset, job_id, new_store, settings_for
 from tests.stepping import SteppedBucket, Work, make_steps
 from tests.unit.service.racing_jobs import LIVE, MARKS, VOCAB, WHO, Group, Place, Run, parts_of
 from workers.restore import newest_valid, read_checkpoint, read_segments
@@ -38,9 +40,11 @@ class RacingWorld:
         self.patch.setattr("service.retention.present", lambda: self.now)
         self.patch.setattr("service.jobs.new_job_id", self._new_id)
         self.store, self.bucket = new_store(Path(self.folder.name)), SteppedBucket()
-        sa.event.listen(self.store._engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF"))
+        if not on_postgres():
+            sa.event.listen(self.store._engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF"))
         make_steps(self.store._engine)
         self.settings = settings_for(Path(self.folder.name))
+        self.leases = Leases(opened(self.settings.database_url), seconds=0)  # they are no effect of anything
         self.ray = FakeRay().backend()
         self.jobs = Jobs(self.store, self.bucket, self.ray, self.settings)
         self.bucket.put_document(DatasetLayout("default", "words", "v1").document, dataset(vocab_size=VOCAB))
@@ -63,8 +67,8 @@ class RacingWorld:
 
     def _start_anew(self) -> None:
         """The control plane comes up and remembers nothing."""
-        self.retention = Retention(self.store, self.bucket, self.settings, leases_of(self.store))
-        self.reconciler = Reconciler(self.store, self.bucket, self.ray, self.settings, leases_of(self.store))
+        self.retention = Retention(self.store, self.bucket, self.settings, self.leases)
+        self.reconciler = Reconciler(self.store, self.bucket, self.ray, self.settings, self.leases)
 
     def _those(self, *states: JobState) -> list[Run]:
         return [run for run in self.runs if not run.deleted and run.state in states]
