@@ -17,6 +17,8 @@ from service.tables import leases
 
 _REPLICA = "replica "
 """Begins the name of the lease that each control plane holds on itself."""
+_LONG_AGO = timedelta(hours=1)
+"""What control planes that died have left is swept away after that."""
 
 
 class Leases:
@@ -46,7 +48,8 @@ class Leases:
             replicas = sum(name.startswith(_REPLICA) for name in held)
             ours = share_of(wanted, held, self.holder, max(replicas, 1))
             taken = {name for name in ours if self._take(connection, name, now)}
-            self._drop(connection, keep={*taken, _REPLICA + self.holder})
+            self._drop(connection, keep=taken)
+            connection.execute(leases.delete().where(leases.c.expires_at < now - _LONG_AGO))
         return taken
 
     def hold(self, name: str) -> bool:
@@ -71,7 +74,7 @@ class Leases:
         return connection.execute(statement.returning(leases.c.name)).first() is not None
 
     def _drop(self, connection: sa.Connection, keep: Collection[str]) -> None:
-        """Let go of our leases on jobs that are not to be kept. The others are those that `hold` renews."""
+        """Let go of our leases on jobs that are not to be kept."""
         ours = sa.and_(leases.c.holder == self.holder, leases.c.name.startswith("job-"))
         connection.execute(leases.delete().where(ours, leases.c.name.not_in(keep)))
 

@@ -4,10 +4,11 @@ A cold start takes Python a second or two, a fork milliseconds; from then on bot
 and no connection to anything, so that a child begins as a new process would.
 
     with control_planes(environment, log) as planes:
-        life = planes.start()
+        life = planes.start(port)
         planes.kill(life)
 
-`python -m tests.faults.control_planes` is that parent: it reads `start` and `wait PID`, and answers each with a number.
+`python -m tests.faults.control_planes` is that parent: it reads `start PORT` and `wait PID`, and answers each with a
+number.
 """
 
 import gc
@@ -35,9 +36,9 @@ class ControlPlanes:
     def __init__(self, parent: "subprocess.Popen[str]", log: Path) -> None:
         self._parent, self._log = parent, log
 
-    def start(self) -> int:
-        """Start a control plane; return its process id."""
-        return self._ask("start")
+    def start(self, port: int) -> int:
+        """Start a control plane on a port; return its process id."""
+        return self._ask(f"start {port}")
 
     def kill(self, process: int) -> None:
         """kill -9; it must still have been alive. Until it has been waited for, its id belongs to nobody else."""
@@ -102,21 +103,22 @@ def main() -> None:
     assert threading.active_count() == 1, "a fork takes no thread along"
     for line in sys.stdin:
         match line.split():
-            case ["start"]:
-                answer = _fork()
+            case ["start", port]:
+                answer = _fork(port)
             case ["wait", process]:
                 answer = _wait(int(process))
         print(answer, flush=True)
     os.killpg(0, signal.SIGKILL)  # the test is gone; so are we all
 
 
-def _fork() -> int:
+def _fork(port: str) -> int:
     if process := os.fork():
         return process
     code = 1
     try:
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
+        os.environ["LOCKSTEP_PORT"] = port
         os.dup2(2, 1)  # what it says goes to the log; standard output is for our answers
         serve()
         code = 0

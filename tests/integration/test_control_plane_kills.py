@@ -1,8 +1,9 @@
-"""kill -9 of a real control plane, hundreds of times, at random instants, while Ray loses 15 % of its replies.
+"""kill -9 of real control planes, hundreds of times, at random instants, while Ray loses 15 % of its replies.
 
-All is as in production but Ray and the workers: `lockstep-server serve` in processes of their own, SQLite in a file, an
-S3 server, and clients by HTTP. Ray is an HTTP server with the semantics of tests/fakes.py; the workers write what
-workers write. SIGKILL is not a power cut: what the kernel has taken over it still writes.
+All is as in production but Ray and the workers: `lockstep-server serve` in processes of their own, one on SQLite or two
+on PostgreSQL, an S3 server, and clients by HTTP, each request to any of them. Ray is an HTTP server with the semantics
+of tests/fakes.py; the workers write what workers write. SIGKILL is not a power cut: what the kernel has taken over it
+still writes.
 """
 
 import random
@@ -11,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,12 @@ from tests.faults.control_planes import ControlPlanes, control_planes, steady_po
 from tests.faults.moments import Moments
 from tests.faults.ray_server import ray_server
 from tests.faults.waiting import wait_until
+from tests.postgres import postgres
 from tests.replay import ran, replayed
 from tests.soak import soak
 
-KILLS = soak(1000, 200)
+KILLS = {1: soak(1000, 200), 2: soak(500, 40)}
+"""By the number of control planes that live at once."""
 SEED = 1
 KEY = "lk_kills"
 CLIENTS = 3
@@ -59,7 +62,11 @@ LIVE = 8
 CPUS = 6
 STEPS = 10
 LOST_REPLIES = 0.15
-CLOCKS = {"LOCKSTEP_RECONCILE_INTERVAL": "0.02", "LOCKSTEP_REQUEST_TIMEOUT": "2"}
+CLOCKS = {
+    "LOCKSTEP_RECONCILE_INTERVAL": "0.02",
+    "LOCKSTEP_REQUEST_TIMEOUT": "2",
+    "LOCKSTEP_LEASE_SECONDS": "0.3",
+}
 FIRST_SIGN = 20.0
 """Most seconds for which a kill waits for a control plane to take its first connection."""
 LATEST = 0.2
@@ -74,7 +81,8 @@ AIMS = {"start": (1, 0.2), "request": (3, 0.06), "commit": (4, 0.01), "submissio
 class Users:
     """Clients that submit jobs with idempotency keys, each again until it is acknowledged."""
 
-    url: str
+    urls: list[str]
+    """Of the control planes; each try goes to any of them."""
     moments: Moments
     acknowledged: dict[str, str] = field(default_factory=dict)
     """Job ids by idempotency key."""
@@ -90,33 +98,35 @@ class Users:
     def work(self, number: int) -> None:
         """Be one client."""
         fate = random.Random(f"{SEED} {number}")
-        headers, timeout = {"Authorization": f"Bearer {KEY}"}, 10
-        with httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False) as http:
+        with httpx2.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=10, trust_env=False) as http:
             while not self.enough.is_set():
                 if len(self.acknowledged) - len(self.ended) >= LIVE:
-                    self.look(http, fate.choice(list(self.acknowledged.values())))
+                    self.look(http, fate, fate.choice(list(self.acknowledged.values())))
                     continue
                 key = f"{number}-{self._count('keys')}"
-                self.submit(http, key)
+                self.submit(http, fate, key)
                 if fate.random() < 0.2:
-                    assert self.submit(http, key) == 200, "what was acknowledged is remembered"
+                    assert self.submit(http, fate, key) == 200, "what was acknowledged is remembered"
 
-    def look(self, http: httpx2.Client, job_id: str) -> None:
+    def look(self, http: httpx2.Client, fate: random.Random, job_id: str) -> None:
         """Look at a job that was acknowledged: whoever answers knows it."""
         with suppress(httpx2.TransportError):
-            answer = http.get(f"/v1/jobs/{job_id}", extensions={"trace": self._watch})
+            answer = http.get(f"{fate.choice(self.urls)}/v1/jobs/{job_id}", extensions={"trace": self._watch})
             self._count("answers")
             assert answer.status_code == 200, answer.text
         self.over.wait(0.02)
 
-    def submit(self, http: httpx2.Client, key: str) -> int:
+    def submit(self, http: httpx2.Client, fate: random.Random, key: str) -> int:
         """Submit until an answer comes; return its status."""
         body = {"name": f"job-{key}", "data": {"dataset": "words"}, "model": {"size": "1m"}, "steps": STEPS}
         unanswered = False
         while True:
             try:
                 answer = http.post(
-                    "/v1/jobs", json=body, headers={"Idempotency-Key": key}, extensions={"trace": self._watch}
+                    f"{fate.choice(self.urls)}/v1/jobs",
+                    json=body,
+                    headers={"Idempotency-Key": key},
+                    extensions={"trace": self._watch},
                 )
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
                 assert not self.over.wait(0.02), f"{key} was never acknowledged"
@@ -208,12 +218,16 @@ class Killing:
     """All that goes on during the test."""
 
     planes: ControlPlanes
+    ports: list[int]
+    """Where control planes live, one each."""
     users: Users
     workers: Workers
     moments: Moments
-    url: str
+    aims: list[str]
     served: int = 0
     """Lives that have answered somebody before they were killed."""
+    lives: dict[int, int] = field(default_factory=dict)
+    """Process ids by port."""
     fate: random.Random = field(default_factory=lambda: random.Random(SEED))
 
     @contextmanager
@@ -228,11 +242,12 @@ class Killing:
                     end.set()
 
     def live_and_die(self) -> None:
-        """Start a control plane and kill it at an instant that the seed says."""
-        aim, (most, within) = self.fate.choice(list(AIMS.items()))
+        """Start what control planes are missing and kill one of them at an instant that the seed says."""
+        aim = self.fate.choice(self.aims)
+        (most, within), port = AIMS[aim], self.fate.choice(self.ports)
         times, delay = self.fate.randint(1, most), self.fate.uniform(0, within)
         answers = self.users.counts["answers"]
-        life = self.planes.start()
+        self.start()
         if aim != "start":
             began = time.monotonic()
             self.moments.await_next("connection", began + FIRST_SIGN)
@@ -241,19 +256,25 @@ class Killing:
             for _ in range(times):
                 self.moments.await_next(aim, deadline)
         time.sleep(delay)
-        self.planes.kill(life)
+        self.planes.kill(self.lives.pop(port))
         self.served += self.users.counts["answers"] > answers
 
+    def start(self) -> None:
+        for port in self.ports:
+            if port not in self.lives:
+                self.lives[port] = self.planes.start(port)
+
     def live_on(self, tasks: list[Future[None]]) -> None:
-        """Start a last control plane, and let every job come to its end."""
-        life = self.planes.start()
+        """Let every job come to its end, with nobody killed any more."""
+        self.start()
         self.users.enough.set()
         wait(tasks[:CLIENTS], 60, FIRST_EXCEPTION)
         check(tasks)
-        with Client(self.url, KEY) as client:
+        with Client(self.users.urls[0], KEY) as client:
             live = [state for state in JobState if state not in ENDED]
             wait_until(lambda: not (check(tasks) and client.list(live, limit=1).items), 60)
-        self.planes.kill(life)
+        for process in self.lives.values():
+            self.planes.kill(process)
 
 
 def check(tasks: list[Future[None]]) -> bool:
@@ -263,56 +284,58 @@ def check(tasks: list[Future[None]]) -> bool:
 
 @pytest.mark.soak
 @pytest.mark.timeout(soak(1200, 240))
-def test_whenever_the_control_plane_is_killed_each_acknowledged_job_is_submitted_once_and_succeeds(
-    storage: str, bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_whenever_a_control_plane_is_killed_each_acknowledged_job_is_submitted_once_and_succeeds(
+    replicas: int, storage: str, bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bucket.put_document(DatasetLayout("default", "words", "v1").document, dataset())
-    database = tmp_path / "lockstep.db"
-    moments, ray, lost = Moments(database), FakeRay(CPUS), Losses()
-    ray.lose_reply = lost.draw
-    ray.hook = lambda place: moments.note("submission") if place == "before POST /api/jobs/" else None
-    port = steady_port()
-    (tmp_path / "key").write_text(KEY)
-    with ray_server(ray) as address:
+    with ExitStack() as stack:
+        database = tmp_path / "lockstep.db" if replicas == 1 else None
+        url = f"sqlite:///{database}" if database else stack.enter_context(postgres())
+        moments, ray, lost = Moments(database), FakeRay(CPUS), Losses()
+        ray.lose_reply = lost.draw
+        ray.hook = lambda place: moments.note("submission") if place == "before POST /api/jobs/" else None
+        ports = [steady_port() for _ in range(replicas)]
+        (tmp_path / "key").write_text(KEY)
         environment = CLOCKS | {
-            "LOCKSTEP_PORT": str(port),
-            "LOCKSTEP_DATABASE_URL": f"sqlite:///{database}",
+            "LOCKSTEP_DATABASE_URL": url,
             "LOCKSTEP_STORAGE": storage,
-            "LOCKSTEP_RAY_ADDRESS": address,
+            "LOCKSTEP_RAY_ADDRESS": stack.enter_context(ray_server(ray)),
             "LOCKSTEP_BOOTSTRAP_KEY_PATH": str(tmp_path / "key"),
         }
-        with control_planes(environment, tmp_path / "control-planes.log") as planes:
-            url = f"http://127.0.0.1:{port}"
-            users = Users(url, moments)
-            killing = Killing(planes, users, Workers(ray, bucket, users, moments), moments, url)
-            began = time.monotonic()
-            with killing.busy() as tasks:
-                for _ in range(KILLS):
-                    killing.live_and_die()
-                    check(tasks)
-                seconds = time.monotonic() - began
-                killing.live_on(tasks)
+        planes = stack.enter_context(control_planes(environment, tmp_path / "control-planes.log"))
+        users = Users([f"http://127.0.0.1:{port}" for port in ports], moments)
+        aims = [aim for aim in AIMS if database or aim != "commit"]
+        killing = Killing(planes, ports, users, Workers(ray, bucket, users, moments), moments, aims)
+        began = time.monotonic()
+        with killing.busy() as tasks:
+            for _ in range(KILLS[replicas]):
+                killing.live_and_die()
+                check(tasks)
+            seconds = time.monotonic() - began
+            killing.live_on(tasks)
 
-    jobs, counts, served = users.acknowledged, users.counts, killing.served
-    with capsys.disabled():
-        print(
-            f"\n{KILLS} kills in {seconds:.0f} s ({KILLS / seconds:.1f}/s, seed {SEED}), {served} of which hit one "
-            f"that had answered somebody; {len(jobs)} jobs; "
-            f"{counts['unanswered']} posts without an answer, {counts['absorbed']} of which had made the job; "
-            f"Ray lost {lost.lost} of {lost.drawn} replies and refused {len(ray.posts) - len(ray.taken)} submissions"
-        )
-    assert_hit(len(jobs), served, counts["unanswered"], lost.lost)
-    engine = make_engine(f"sqlite:///{database}")
-    try:
-        assert_sound(engine)
-        store = Store(engine)
-        rows = store.page("default", JobFilter(), limit=10**6)
-        assert_acknowledged(engine, rows, users.acknowledged)
-        assert_submitted_once(ray, rows)
-        for job in rows:
-            assert_succeeded(store, bucket, job)
-    finally:
-        engine.dispose()
+        jobs, counts, served = users.acknowledged, users.counts, killing.served
+        with capsys.disabled():
+            print(
+                f"\n{KILLS[replicas]} kills in {seconds:.0f} s ({KILLS[replicas] / seconds:.1f}/s, seed {SEED}) of one "
+                f"of {replicas} control planes, {served} of which had answered somebody; {len(jobs)} jobs; "
+                f"{counts['unanswered']} posts without an answer, {counts['absorbed']} of which had made the job; "
+                f"Ray lost {lost.lost} of {lost.drawn} replies, refused {len(ray.posts) - len(ray.taken)} submissions"
+            )
+        assert_hit(KILLS[replicas], len(jobs), served, counts["unanswered"], lost.lost)
+        engine = make_engine(url)
+        try:
+            if database:
+                assert_sound(engine)
+            store = Store(engine)
+            rows = store.page("default", JobFilter(), limit=10**6)
+            assert_acknowledged(engine, rows, users.acknowledged)
+            assert_submitted_once(ray, rows)
+            for job in rows:
+                assert_succeeded(store, bucket, job)
+        finally:
+            engine.dispose()
 
 
 class Losses:
@@ -329,10 +352,10 @@ class Losses:
         return gone
 
 
-def assert_hit(jobs: int, served: int, unanswered: int, lost: int) -> None:
+def assert_hit(kills: int, jobs: int, served: int, unanswered: int, lost: int) -> None:
     """The kills came while there was something to hit: the other assertions would hold if nothing had happened."""
-    assert served >= KILLS / 5, "most of the control planes were killed before they had answered anybody"
-    assert jobs >= KILLS / 10, "there was hardly a job to lose"
+    assert served >= kills / 5, "most of the control planes were killed before they had answered anybody"
+    assert jobs >= kills / 10, "there was hardly a job to lose"
     assert unanswered > 0, "no kill came between a submission and its answer"
     assert lost > 0, "Ray lost no reply"
 
@@ -377,10 +400,10 @@ def assert_succeeded(store: Store, bucket: Bucket, job: JobRow) -> None:
 def test_a_database_whose_making_was_killed_is_made_whole_by_the_next_start(tmp_path: Path) -> None:
     fate, database = random.Random(SEED), tmp_path / "lockstep.db"
     url = f"sqlite:///{database}"
-    environment = {"LOCKSTEP_PORT": str(steady_port()), "LOCKSTEP_DATABASE_URL": url, "LOCKSTEP_STORAGE": "s3://none"}
+    environment, port = {"LOCKSTEP_DATABASE_URL": url, "LOCKSTEP_STORAGE": "s3://none"}, steady_port()
     with control_planes(environment, tmp_path / "control-planes.log") as planes:
         for _ in range(soak(200, 20)):
-            life = planes.start()
+            life = planes.start(port)
             wait_until(database.exists)
             time.sleep(fate.uniform(0, 0.05))
             planes.kill(life)
