@@ -71,11 +71,14 @@ def restore(
     contents = check(backup_file)
     say(f"{backup_file}: sound, {contents.jobs} jobs, schema {contents.revision}")
     with alone(database_url), _beside(target) as temporary:
-        _copy(backup_file, temporary)
-        outcome = _bring_up(temporary, bucket, at, say)
-        aside = _set_aside(target, at)
-        os.replace(temporary, target)
-        _sync(target.parent)
+        try:
+            _copy(backup_file, temporary)
+            outcome = _bring_up(temporary, bucket, at, say)
+            aside = _set_aside(target, at)
+            os.replace(temporary, target)
+            _sync(target.parent)
+        except (OSError, sqlite3.Error) as error:
+            raise BackupError(f"the restore of {target} from {backup_file} failed: {error}") from error
     return aside, outcome
 
 

@@ -89,7 +89,7 @@ def summary(outcome: Outcome) -> list[str]:
     lines = [f"{job} is damaged: {why}" for job, why in outcome.damaged.items()]
     lines += [f"{job} was ended: its objects have been deleted since the backup" for job in outcome.gone]
     lines += [f"{job} has no job.json: never submitted, or half deleted; left as it is" for job in outcome.bare]
-    total = f"{len(outcome.rebuilt)} jobs rebuilt, {len(outcome.renewed)} renewed, {len(outcome.damaged)} damaged"
+    total = f"rebuilt {len(outcome.rebuilt)}, renewed {len(outcome.renewed)}, damaged {len(outcome.damaged)}"
     by_state = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     return [*lines, f"{total} ({by_state})" if by_state else total]
 

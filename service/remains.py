@@ -151,6 +151,7 @@ def newer(row: JobRow, found: JobRow) -> dict[str, Any]:
     if was.ended or (found.attempt < row.attempt and not now.ended):
         return {}
     everything = {name: getattr(found, name) for name in _CHANGES}
+    everything["attempt"] = max(row.attempt, found.attempt)
     if now.ended or found.attempt > row.attempt:
         return everything | _still_cancelled(row, found)
     if was in _IDLE:  # nothing can have come after that but a pause or its end
