@@ -33,6 +33,7 @@ def up(
     s3_port: Annotated[int | None, typer.Option(help="Of the S3 server; 9000.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Of the control plane's metrics; 8701.")] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that Ray may use; all.")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Bring the database up to the bucket first.")] = False,
 ) -> None:
     """Run an S3 server, Ray and the control plane on this machine until Ctrl-C."""
     from service.stack import UpError
@@ -46,6 +47,7 @@ def up(
         s3_port=s3_port,
         metrics_port=metrics_port,
         cpus=cpus or os.cpu_count() or 1,
+        rebuild=rebuild,
     )
     try:
         raise typer.Exit(run(options))
@@ -55,7 +57,9 @@ def up(
 
 
 @app.command()
-def serve() -> None:
+def serve(
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Bring the database up to the bucket first.")] = False,
+) -> None:
     """Run the control plane alone; LOCKSTEP_ variables configure it."""
     from service.app import create_app
     from service.in_use import serving
@@ -64,6 +68,8 @@ def serve() -> None:
     from service.settings import Settings
 
     settings = Settings()
+    if rebuild:
+        _show(_rebuild())  # what is damaged is named in the log, and keeps nobody else waiting
     with _told(), serving(settings.database_url):
         server = Server(create_app(settings), settings.host, settings.port, settings.metrics_port)
         try:
@@ -127,24 +133,7 @@ def restore(
 @app.command()
 def rebuild() -> None:
     """Bring the database up to what the bucket tells, while no control plane runs; an empty one gets every job."""
-    from api.documents import now
-    from api.storage import Bucket
-    from service.database import make_engine
-    from service.database import migrate as migrate_database
-    from service.in_use import alone
-    from service.rebuild import rebuild as run
-    from service.settings import Settings
-    from service.store import Store
-
-    settings = Settings()
-    with _told(), alone(settings.database_url):
-        migrate_database(settings.database_url)
-        engine = make_engine(settings.database_url)
-        try:
-            outcome = run(Store(engine), Bucket(settings.storage), now(), _say)
-        finally:
-            engine.dispose()
-    _conclude(outcome)
+    _conclude(_rebuild())
 
 
 @app.command()
@@ -218,12 +207,36 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _conclude(outcome: "Outcome") -> None:
-    """Tell what a rebuild came to; exit with 1 if something is damaged."""
+def _rebuild() -> "Outcome":
+    from api.documents import now
+    from api.storage import Bucket
+    from service.database import make_engine
+    from service.database import migrate as migrate_database
+    from service.in_use import alone
+    from service.rebuild import rebuild as run
+    from service.settings import Settings
+    from service.store import Store
+
+    settings = Settings()
+    with _told(), alone(settings.database_url):
+        migrate_database(settings.database_url)
+        engine = make_engine(settings.database_url)
+        try:
+            return run(Store(engine), Bucket(settings.storage), now(), _say)
+        finally:
+            engine.dispose()
+
+
+def _show(outcome: "Outcome") -> None:
     from service.rebuild import summary
 
     for line in summary(outcome):
-        print(line)
+        _say(line)
+
+
+def _conclude(outcome: "Outcome") -> None:
+    """Tell what a rebuild came to; exit with 1 if something is damaged."""
+    _show(outcome)
     if outcome.damaged:
         raise typer.Exit(1)
 

@@ -1,5 +1,8 @@
 """The database is lost while a job runs: real control planes, SQLite in a file, an S3 server, and the commands."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,3 +182,19 @@ def test_a_backup_that_is_restored_knows_what_has_happened_since(lockstep: Place
     assert lockstep.seen(ends) == before
     assert {job.state for job in map(lockstep.end, (runs, came))} == {JobState.SUCCEEDED}
     assert sorted(lockstep.ray.taken) == [("session-1", f"{job.id}-1") for job in (ends, runs, came)]
+
+
+def test_a_control_plane_that_rebuilds_first_serves_what_came_back_in_spite_of_damage(lockstep: Place) -> None:
+    running, damaged = lockstep.begin("running"), lockstep.begin("damaged")
+    lockstep.kill()
+    lockstep.lose_database()
+    lockstep.bucket.put(JobLayout("default", damaged.id).job, b"{")
+    assert lockstep.run("rebuild").exit_code == 1
+    lockstep.lose_database()
+    command = [sys.executable, "-m", "service.cli", "serve", "--rebuild"]
+    with subprocess.Popen(command, env=os.environ | lockstep.environment, stdout=subprocess.PIPE, text=True) as plane:
+        wait_until(lambda: plane.poll() is not None or lockstep.answers(), 60)
+        assert [(job.id, job.state) for job in lockstep.client.list().items] == [(running.id, JobState.RUNNING)]
+        plane.terminate()
+        said, _ = plane.communicate()
+    assert f"{damaged.id} is damaged" in said
