@@ -28,6 +28,7 @@ _USE_PG_DUMP = (
     "`lockstep-server rebuild`"
 )
 _BUSY_SECONDS = 5.0
+_MAGIC = b"SQLite format 3\0"
 
 
 class BackupError(LockstepError):
@@ -140,10 +141,11 @@ def _copy(source: Path, to: Path) -> None:
         _close_log(theirs)
 
 
-def _close_log(connection: sqlite3.Connection) -> bool:
-    """Leave no write-ahead log, so that one file is all of the database. False while others have it open."""
+def _close_log(connection: sqlite3.Connection) -> None:
+    """Leave no write-ahead log, so that one file is all of the database. OperationalError while others have it open."""
     (mode,) = connection.execute("PRAGMA journal_mode=DELETE").fetchone()
-    return bool(mode == "delete")
+    if mode != "delete":
+        raise sqlite3.OperationalError(f"its journal mode stays {mode}")
 
 
 def _put(temporary: Path, to: Path, overwrite: bool) -> None:
@@ -178,20 +180,24 @@ def _bring_up(file: Path, bucket: Bucket | None, at: datetime, say: Callable[[st
     return outcome
 
 
+def _beginning(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(len(_MAGIC))
+
+
 def _set_aside(target: Path, at: datetime) -> Path | None:
     """Give the database another name, if there is one; DatabaseInUse if anybody has it open."""
     if not target.exists():
         return None
     aside = target.with_name(f"{target.name}.before-restore-{at:%Y%m%dT%H%M%SZ}")
     try:
-        with closing(_open(target)) as connection:
-            closed = _close_log(connection)
+        if _beginning(target) == _MAGIC:  # else SQLite would delete the log of what is damaged
+            with closing(_open(target)) as connection:
+                _close_log(connection)
     except sqlite3.OperationalError as error:
         raise DatabaseInUse(f"the database {target} is in use ({error}); stop whatever has it open") from error
     except sqlite3.DatabaseError:
-        closed = True  # too damaged to be asked; its log, if there is one, goes with it
-    if not closed:
-        raise DatabaseInUse(f"the database {target} is in use; stop whatever has it open")
+        pass  # too damaged to be asked; its log, if there is one, goes with it
     for ending in ("", "-wal", "-shm"):
         if (file := Path(f"{target}{ending}")).exists():
             os.rename(file, f"{aside}{ending}")

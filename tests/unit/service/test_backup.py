@@ -73,6 +73,18 @@ def test_a_file_that_is_there_is_replaced_only_when_that_is_said(store: Store, u
     assert to.read_text() == "mine"
     backup(url, to, overwrite=True)
     assert check(to) == Contents(HEAD, 0)
+    (link := tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(BackupError, match="File exists"):
+        backup(url, link, overwrite=False)
+
+
+def test_a_backup_is_one_file_that_can_be_read_where_nothing_can_be_written(
+    store: Store, url: str, tmp_path: Path
+) -> None:
+    """With a write-ahead log it would need another file beside it."""
+    backup(url, tmp_path / "saved", overwrite=False)
+    with closing(sqlite3.connect(tmp_path / "saved")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 def test_a_backup_of_nothing_is_refused_and_makes_no_database(tmp_path: Path) -> None:
@@ -126,8 +138,10 @@ def test_a_database_that_is_damaged_is_kept_aside_as_it_is(store: Store, url: st
     backup(url, tmp_path / "saved", overwrite=False)
     store._engine.dispose()
     (tmp_path / "lockstep.db").write_bytes(b"no database at all " * 1000)
+    (tmp_path / "lockstep.db-wal").write_bytes(b"its log")
     aside = put_back(url, tmp_path / "saved")
     assert aside is not None
+    assert Path(f"{aside}-wal").read_bytes() == b"its log"
     assert aside.read_bytes() == b"no database at all " * 1000
     assert check(tmp_path / "lockstep.db") == Contents(HEAD, 0)
 
