@@ -1,6 +1,6 @@
 """The JSON objects in the bucket, each with a schema version. Written strictly, read leniently.
 
-The control plane writes job, attempt, control and final; the workers write all the others. A reader ignores
+The control plane writes job, attempt, control, hold and final; the workers write all the others. A reader ignores
 fields that it does not know, so that a newer writer can add some.
 """
 
@@ -93,6 +93,10 @@ class JobDocument(Document):
     dataset_version: str | None
     init: CheckpointRef | None = None
     """The checkpoint of another job that this one begins at."""
+    total_steps: int | None = None
+    """Null in documents of before it was recorded, as `warnings` are empty there: as the spec says, if it does."""
+    warnings: list[str] = Field(default_factory=list)
+    """What the plan found worth saying at submission."""
     created_at: datetime
 
 
@@ -117,6 +121,22 @@ class ControlDocument(Document):
     wish: Wish = "run"
     keep_checkpoint: bool = False
     """Whether a run that is cancelled writes a checkpoint first; one that is paused always does."""
+    reason: Reason | None = None
+    """Why it shall stop or was given up, for a rebuild of the database. Null in documents of before it was recorded."""
+
+
+class HoldDocument(Document):
+    """`hold.json`: whether a user holds the job back between two attempts; for a rebuild of the database.
+
+    Written when a job that has had an attempt is paused, and when it is resumed.
+    """
+
+    attempt: int
+    """The newest attempt then. Of a later one it says nothing."""
+    paused: bool
+    workers: int | None = None
+    """The number of workers that the user resumed the job with; null: as the spec says."""
+    created_at: datetime
 
 
 class NoticeDocument(Document):

@@ -101,6 +101,14 @@ class JobLayout:
     def final(self) -> str:
         return f"{self.prefix}final.json"
 
+    @property
+    def hold(self) -> str:
+        return f"{self.prefix}hold.json"
+
+    @property
+    def attempts(self) -> str:
+        return f"{self.prefix}attempts/"
+
     def attempt(self, attempt: int) -> str:
         return f"{self.prefix}attempts/{attempt}/attempt.json"
 

@@ -2,13 +2,15 @@
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from service.rebuild import Outcome
     from service.store import Store
 
 app = typer.Typer(
@@ -31,6 +33,7 @@ def up(
     s3_port: Annotated[int | None, typer.Option(help="Of the S3 server; 9000.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Of the control plane's metrics; 8701.")] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that Ray may use; all.")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Bring the database up to the bucket first.")] = False,
 ) -> None:
     """Run an S3 server, Ray and the control plane on this machine until Ctrl-C."""
     from service.stack import UpError
@@ -44,6 +47,7 @@ def up(
         s3_port=s3_port,
         metrics_port=metrics_port,
         cpus=cpus or os.cpu_count() or 1,
+        rebuild=rebuild,
     )
     try:
         raise typer.Exit(run(options))
@@ -53,22 +57,28 @@ def up(
 
 
 @app.command()
-def serve() -> None:
+def serve(
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Bring the database up to the bucket first.")] = False,
+) -> None:
     """Run the control plane alone; LOCKSTEP_ variables configure it."""
     from service.app import create_app
+    from service.in_use import serving
     from service.metrics import MetricsPortBusy
     from service.server import Server
     from service.settings import Settings
 
     settings = Settings()
-    server = Server(create_app(settings), settings.host, settings.port, settings.metrics_port)
-    try:
-        with suppress(KeyboardInterrupt):
-            server.run()
-    except MetricsPortBusy as error:
-        print(error, file=sys.stderr)
-    if not server.started:
-        raise typer.Exit(1)
+    if rebuild:
+        _show(_rebuild())  # what is damaged is named in the log, and keeps nobody else waiting
+    with _told(), serving(settings.database_url):
+        server = Server(create_app(settings), settings.host, settings.port, settings.metrics_port)
+        try:
+            with suppress(KeyboardInterrupt):
+                server.run()
+        except MetricsPortBusy as error:
+            print(error, file=sys.stderr)
+        if not server.started:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -78,6 +88,52 @@ def migrate() -> None:
     from service.settings import Settings
 
     migrate_database(Settings().database_url)
+
+
+@app.command()
+def backup(
+    file: Path,
+    force: Annotated[bool, typer.Option(help="Replace the file if it exists.")] = False,
+) -> None:
+    """Save the embedded database to a file, while the control plane runs."""
+    from service.backup import backup as save
+    from service.settings import Settings
+
+    with _told():
+        contents = save(Settings().database_url, file, force)
+    print(f"{file}: {contents.jobs} jobs, schema {contents.revision}; it holds hashes of API keys, so keep it private")
+
+
+@app.command()
+def restore(
+    file: Path,
+    bucket: Annotated[
+        bool, typer.Option(help="Bring it up to what the bucket tells; else run `rebuild` before the next start.")
+    ] = True,
+) -> None:
+    """Put a backup in the place of the embedded database, while no control plane runs."""
+    from api.documents import now
+    from api.storage import Bucket
+    from service.backup import restore as put_back
+    from service.settings import Settings
+
+    settings = Settings()
+    with _told():
+        store = Bucket(settings.storage) if bucket else None
+        aside, outcome = put_back(settings.database_url, file, store, now(), _say)
+    if aside is not None:
+        print(f"the database of before is {aside}")
+    print("API keys that were revoked since the backup are valid again: see `lockstep-server keys list`")
+    if outcome is None:
+        print("run `lockstep-server rebuild` before the next start: the bucket may know of later attempts")
+    else:
+        _conclude(outcome)
+
+
+@app.command()
+def rebuild() -> None:
+    """Bring the database up to what the bucket tells, while no control plane runs; an empty one gets every job."""
+    _conclude(_rebuild())
 
 
 @app.command()
@@ -133,6 +189,56 @@ def _store() -> "Store":
     url = Settings().database_url
     migrate_database(url)
     return Store(make_engine(url))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell an error of ours in its one sentence, and exit."""
+    from api.errors import LockstepError
+
+    try:
+        yield
+    except LockstepError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _rebuild() -> "Outcome":
+    from api.documents import now
+    from api.storage import Bucket
+    from service.database import make_engine
+    from service.database import migrate as migrate_database
+    from service.in_use import alone
+    from service.rebuild import rebuild as run
+    from service.settings import Settings
+    from service.store import Store
+
+    settings = Settings()
+    with _told(), alone(settings.database_url):
+        migrate_database(settings.database_url)
+        engine = make_engine(settings.database_url)
+        try:
+            return run(Store(engine), Bucket(settings.storage), now(), _say)
+        finally:
+            engine.dispose()
+
+
+def _show(outcome: "Outcome") -> None:
+    from service.rebuild import summary
+
+    for line in summary(outcome):
+        _say(line)
+
+
+def _conclude(outcome: "Outcome") -> None:
+    """Tell what a rebuild came to; exit with 1 if something is damaged."""
+    _show(outcome)
+    if outcome.damaged:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -237,12 +237,12 @@ def _decide_live(job: JobView, seen: Observation, now: datetime, policy: Policy)
 
 def _decide_pausing(job: JobView, seen: Observation, now: datetime, policy: Policy) -> Decision:
     """A checkpoint and then the end of the attempt was wanted; what follows depends on who wanted it."""
-    stop = _stop(job, seen, now, ControlDocument(wish="pause"), policy.checkpoint_grace)
+    reason = job.stop_reason or Reason.USER_PAUSED
+    stop = _stop(job, seen, now, ControlDocument(wish="pause", reason=reason), policy.checkpoint_grace)
     if stop is not None:
         return stop
     if seen.result is not None and seen.result.outcome != "stopped":
         return _by_result(job, seen.result, now, policy)
-    reason = job.stop_reason or Reason.USER_PAUSED
     if reason is Reason.USER_PAUSED:
         return Move(JobState.PAUSED, "paused on request")
     if reason is Reason.PREEMPTED:
@@ -252,14 +252,14 @@ def _decide_pausing(job: JobView, seen: Observation, now: datetime, policy: Poli
 
 def _decide_cancelling(job: JobView, seen: Observation, now: datetime, policy: Policy) -> Decision:
     """A stop was wanted: tell the attempt until it is over, by force after the grace."""
-    keep = job.keep_checkpoint and job.stop_reason is not Reason.DEADLINE
-    wish = ControlDocument(wish="cancel", keep_checkpoint=keep)
+    reason = job.stop_reason or Reason.USER_CANCELLED
+    keep = job.keep_checkpoint and reason is not Reason.DEADLINE
+    wish = ControlDocument(wish="cancel", keep_checkpoint=keep, reason=reason)
     stop = _stop(job, seen, now, wish, policy.checkpoint_grace if keep else policy.stop_grace)
     if stop is not None:
         return stop
     if seen.result is not None and seen.result.outcome == "succeeded":
         return _by_result(job, seen.result, now, policy)
-    reason = job.stop_reason or Reason.USER_CANCELLED
     state = JobState.FAILED if reason is Reason.DEADLINE else JobState.CANCELLED
     return Finish(state, reason, REASONS[reason].sentence)
 

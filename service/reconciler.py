@@ -17,6 +17,7 @@ from api.documents import (
     CheckpointRef,
     ControlDocument,
     FinalDocument,
+    HoldDocument,
     JobDocument,
     now,
 )
@@ -144,6 +145,8 @@ class Reconciler:
                 changes: dict[str, Any] = {"stop_reason": stop_reason}
                 if state is JobState.RUNNING and job.started_at is None:
                     changes["started_at"] = now()
+                if JobState.PAUSED in (state, job.state):
+                    self._note_hold(job, paused=state is JobState.PAUSED)
                 self._enter(job, state, message, changes)
             case TellStop(control):
                 self._tell(job, control)
@@ -210,11 +213,17 @@ class Reconciler:
     def _tell(self, job: JobRow, control: ControlDocument) -> None:
         self._bucket.put_document(JobLayout(job.project, job.id).control(job.attempt), control)
 
+    def _note_hold(self, job: JobRow, paused: bool) -> None:
+        """Before the state: a rebuild of the database must neither start what is paused nor forget what is resumed."""
+        if job.attempt:
+            hold = HoldDocument(attempt=job.attempt, paused=paused, workers=job.workers_wanted, created_at=now())
+            self._bucket.put_document(JobLayout(job.project, job.id).hold, hold)
+
     def _recover(self, job: JobRow, seen: Observation, lost: Recover) -> None:
         """Give the attempt up. Should it still live somewhere, its control object tells it that it is superseded."""
-        self._tell(job, ControlDocument(wish="superseded"))
-        if not seen.ray.over:
+        if not seen.ray.over:  # first: whoever rebuilds the database stops nothing that was told so
             self._ray.stop(submission_id(job.id, job.attempt))
+        self._tell(job, ControlDocument(wish="superseded", reason=lost.reason))
         changes = {
             "faults": job.faults + int(REASONS[lost.reason].counts),
             "setbacks": lost.setbacks,
@@ -290,8 +299,9 @@ class Reconciler:
         if self._store.pinned(job.id, now()):
             return
         try:
-            keys = [item.key for item in self._bucket.objects(JobLayout(job.project, job.id).prefix)]
-            self._bucket.delete(keys)
+            layout = JobLayout(job.project, job.id)
+            self._bucket.delete([layout.job])  # first: without it no rebuild brings back a half of the job
+            self._bucket.delete([item.key for item in self._bucket.objects(layout.prefix)])
         except StorageError as error:
             logger.warning("job %s: its objects cannot be deleted now: %s", job.id, error)
             return
@@ -340,5 +350,7 @@ def job_document(job: JobRow, spec: TrainSpec | PrepareSpec) -> JobDocument:
         spec=spec,
         dataset_version=job.dataset_version,
         init=CheckpointRef.model_validate(job.init) if job.init is not None else None,
+        total_steps=job.progress.get("total_steps"),
+        warnings=job.warnings,
         created_at=job.created_at,
     )

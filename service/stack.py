@@ -17,6 +17,8 @@ from service.processes import Child, http_get
 
 BUCKET = "lockstep"
 HOST = "127.0.0.1"
+_REBUILD_SECONDS = 3600.0
+"""Most seconds that a control plane may take to rebuild its database."""
 MARKER = "LOCKSTEP_UP"
 """The variable by which the processes of one state folder are known, should their supervisor be killed."""
 
@@ -54,6 +56,8 @@ class Plan:
     programs: Programs
     cpus: int
     ray_folder: Path
+    rebuild: bool = False
+    """Whether the control plane brings the database up to the bucket before it serves."""
 
     @property
     def url(self) -> str:
@@ -100,10 +104,11 @@ def build_children(plan: Plan) -> tuple[Child, Child, Child]:
     control_plane = Child(
         name="control-plane",
         title="Control plane",
-        command=plan.programs.control_plane,
+        command=(*plan.programs.control_plane, *(["--rebuild"] if plan.rebuild else [])),
         environment=control_plane_environment(plan, os.environ),
         log=logs / "control-plane.log",
         is_ready=lambda: (http_get(f"{plan.url}/healthz") or (0, b""))[0] == 200,
+        patience=_REBUILD_SECONDS if plan.rebuild else 60.0,
         after=s3,
     )
     return s3, ray, control_plane

@@ -55,6 +55,21 @@ class Store:
             return replay
         return None
 
+    def adopt(self, job: JobRow, new_events: Sequence[NewEvent]) -> None:
+        """Insert a job that the bucket tells of, with its events; if it is live, pin what it begins at."""
+        with self._writer.begin() as connection:
+            connection.execute(jobs.insert().values(**dataclasses.asdict(job)))
+            self._append(connection, job.id, new_events)
+            origin = CheckpointRef.model_validate(job.init) if job.init is not None else None
+            if origin is not None and job.state not in _ENDED:
+                source = sa.select(jobs.c.id).where(jobs.c.id == origin.job_id)
+                if connection.execute(source).first() is not None:
+                    self._insert_pin(connection, job.id, origin)
+
+    def everything(self) -> list[JobRow]:
+        """Return every job of every project, deleted ones included, oldest first."""
+        return self._jobs(sa.select(jobs).order_by(jobs.c.id))
+
     def replay(self, principal: str, key: str) -> Replay | None:
         """Return what an idempotency key was used for, if it was."""
         query = (
@@ -237,7 +252,12 @@ class Store:
         doomed = sa.select(marks.c.step).where(*_at(marks, source, origin), marks.c.doomed == 1)
         if gone or connection.execute(doomed).first() is not None:
             raise being_deleted(origin)
-        pin = {"id": secrets.token_hex(16), **_place(source, origin), "why": "fork", "holder": holder}
+        self._insert_pin(connection, holder, origin)
+
+    @staticmethod
+    def _insert_pin(connection: sa.Connection, holder: str, origin: CheckpointRef) -> None:
+        assert origin.job_id is not None
+        pin = {"id": secrets.token_hex(16), **_place(origin.job_id, origin), "why": "fork", "holder": holder}
         connection.execute(pins.insert().values(**pin, expires_at=datetime.max.replace(tzinfo=UTC)))
 
     def hold(self, pin: str, expires_at: datetime) -> None:

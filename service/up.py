@@ -35,6 +35,8 @@ class Options:
     cpus: int = field(default_factory=lambda: os.cpu_count() or 1)
     programs: Programs | None = None
     """None: the installed ones."""
+    rebuild: bool = False
+    """Whether the control plane brings the database up to the bucket before it serves."""
 
 
 def up(options: Options) -> int:
@@ -52,6 +54,7 @@ def up(options: Options) -> int:
             programs=options.programs or installed_programs(),
             cpus=options.cpus,
             ray_folder=ray_folder(state),
+            rebuild=options.rebuild,
         )
         announce(plan.url)
         return _run(plan, say, signals, subreaper)

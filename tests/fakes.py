@@ -208,7 +208,7 @@ def row(number: int, spec: TrainSpec | PrepareSpec | None = None, **fields: Any)
         "project": "default",
         "owner": "key-1",
         "name": spec.name,
-        "labels": {},
+        "labels": dict(spec.labels),
         "spec": spec.model_dump(mode="json"),
         "dataset_version": "v1",
         "warnings": [],

@@ -253,9 +253,14 @@ def outcome(world: World) -> dict[str, Any]:
         "taken": world.ray.taken,
         "stopped": set(world.ray.stops),
         "objects": sorted(world.bucket.content),
-        "controls": {key: body for key, body in world.bucket.content.items() if key.endswith("control.json")},
+        "wishes": {n: [world.wish(a, n) for a in range(1, world.job(n).attempt + 1)] for n in numbers(world)},
         "ends": [final(body) for key, body in world.bucket.content.items() if key.endswith("final.json")],
     }
+
+
+def numbers(world: World) -> list[int]:
+    """Return which of the jobs are not deleted."""
+    return [n for n in (1, 2) if world.store.get(job_id(n), "default") is not None]
 
 
 def final(body: bytes) -> dict[str, Any]:

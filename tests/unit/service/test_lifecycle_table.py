@@ -55,8 +55,11 @@ CANCELLING = replace(RUNNING, state=JobState.CANCELLING, cancel_requested=True, 
 KEEPING = replace(CANCELLING, keep_checkpoint=True)
 EXPIRING = replace(CANCELLING, cancel_requested=False, stop_reason=Reason.DEADLINE)
 
-RUN, PAUSE = ControlDocument(wish="run"), ControlDocument(wish="pause")
-CANCEL, KEEP = ControlDocument(wish="cancel"), ControlDocument(wish="cancel", keep_checkpoint=True)
+RUN, PAUSE = ControlDocument(wish="run"), ControlDocument(wish="pause", reason=Reason.USER_PAUSED)
+CANCEL = ControlDocument(wish="cancel", reason=Reason.USER_CANCELLED)
+KEEP = CANCEL.model_copy(update={"keep_checkpoint": True})
+TOO_LATE = ControlDocument(wish="cancel", reason=Reason.DEADLINE)
+MAKE_WAY, GROW = (PAUSE.model_copy(update={"reason": r}) for r in (Reason.PREEMPTED, Reason.RESIZED))
 SEEN = Observation(
     ray=RayStatus.RUNNING,
     ray_session="s1",
@@ -80,6 +83,7 @@ WANTED = replace(SEEN, turn=Turn(make_way_for="job-2"))
 GROWS = replace(SEEN, turn=Turn(workers=4))
 HUNG = replace(SEEN, hung="nothing has moved for 99 s")
 TOLD = replace(SEEN, control=PAUSE)
+TO_YIELD, TO_GROW = replace(SEEN, control=MAKE_WAY), replace(SEEN, control=GROW)
 STOPPED = replace(SEEN, ray=RayStatus.SUCCEEDED)
 OVER = (RayStatus.ABSENT, RayStatus.SUCCEEDED, RayStatus.FAILED, RayStatus.STOPPED)
 
@@ -287,14 +291,15 @@ PAUSES: list[Row] = [
     ("no reason noted", replace(PAUSING, stop_reason=None), replace(TOLD, ray=RayStatus.STOPPED), 0, HELD),
     ("cancelled", replace(PAUSING, cancel_requested=True), TOLD, 0, STOP),
     ("expired", replace(PAUSING, deadline=T0), TOLD, 0, EXPIRE),
-    ("making way, told", YIELDING, TOLD, 299, Wait()),
-    ("making way, nobody needs it any more", YIELDING, SEEN, 0, TellStop(PAUSE)),
-    ("made way", YIELDING, replace(TOLD, ray=RayStatus.SUCCEEDED, result=HALTED), 9, BACK),
-    ("made way by force", YIELDING, replace(TOLD, ray=RayStatus.STOPPED), 301, BACK),
-    ("made way, paused meanwhile", replace(YIELDING, pause_requested=True), replace(TOLD, ray=RayStatus.STOPPED), 0,
+    ("making way, told", YIELDING, TO_YIELD, 299, Wait()),
+    ("making way, nobody needs it any more", YIELDING, SEEN, 0, TellStop(MAKE_WAY)),
+    ("made way", YIELDING, replace(TO_YIELD, ray=RayStatus.SUCCEEDED, result=HALTED), 9, BACK),
+    ("made way by force", YIELDING, replace(TO_YIELD, ray=RayStatus.STOPPED), 301, BACK),
+    ("made way, paused meanwhile", replace(YIELDING, pause_requested=True), replace(TO_YIELD, ray=RayStatus.STOPPED), 0,
      BACK),
-    ("resized", RESIZING, replace(TOLD, ray=RayStatus.SUCCEEDED, result=HALTED), 9, planned(Reason.RESIZED, GO_ON, 9)),
-    ("resized, set back before", replace(RESIZING, setbacks=5), replace(TOLD, ray=RayStatus.STOPPED), 9,
+    ("resized", RESIZING, replace(TO_GROW, ray=RayStatus.SUCCEEDED, result=HALTED), 9,
+     planned(Reason.RESIZED, GO_ON, 9)),
+    ("resized, set back before", replace(RESIZING, setbacks=5), replace(TO_GROW, ray=RayStatus.STOPPED), 9,
      planned(Reason.RESIZED, GO_ON, 9, setbacks=5)),
 ]  # fmt: skip
 
@@ -321,11 +326,11 @@ CANCELS: list[Row] = [
     ("keeping, told", KEEPING, replace(SEEN, control=KEEP), 299.9, Wait()),
     ("keeping, impatient", KEEPING, replace(SEEN, control=KEEP), 300, StopRay()),
     ("keeping, over", KEEPING, replace(STOPPED, control=KEEP), 0, CANCELLED),
-    ("expiring, not told", EXPIRING, SEEN, 0, TellStop(CANCEL)),
-    ("expiring keeps no checkpoint", replace(EXPIRING, keep_checkpoint=True), SEEN, 0, TellStop(CANCEL)),
-    ("expiring does not wait for one", replace(EXPIRING, keep_checkpoint=True), replace(SEEN, control=CANCEL), 30,
+    ("expiring, not told", EXPIRING, SEEN, 0, TellStop(TOO_LATE)),
+    ("expiring keeps no checkpoint", replace(EXPIRING, keep_checkpoint=True), SEEN, 0, TellStop(TOO_LATE)),
+    ("expiring does not wait for one", replace(EXPIRING, keep_checkpoint=True), replace(SEEN, control=TOO_LATE), 30,
      StopRay()),
-    *[(f"expiring, {ray}", EXPIRING, replace(SEEN, control=CANCEL, ray=ray), 0, DEADLINE) for ray in OVER],
+    *[(f"expiring, {ray}", EXPIRING, replace(SEEN, control=TOO_LATE, ray=ray), 0, DEADLINE) for ray in OVER],
 ]  # fmt: skip
 
 ENDS: list[Row] = [

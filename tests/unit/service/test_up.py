@@ -3,6 +3,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -151,6 +152,13 @@ def test_the_users_own_keys_and_endpoints_reach_no_child(plan: Plan) -> None:
     for environment in (stack.ray_environment(plan, own), stack.control_plane_environment(plan, own)):
         kept = {name for name, value in own.items() if environment.get(name) == value}
         assert kept == {"HOME", "RAY_memory_usage_threshold"}
+
+
+def test_a_control_plane_that_rebuilds_its_database_first_is_given_time(plan: Plan) -> None:
+    *_, usual = stack.build_children(plan)
+    *_, rebuilding = stack.build_children(replace(plan, rebuild=True))
+    assert list(rebuilding.command) == [*usual.command, "--rebuild"]
+    assert rebuilding.patience > 10 * usual.patience
 
 
 def test_control_plane_is_told_where_everything_is(plan: Plan) -> None:
