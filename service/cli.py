@@ -61,7 +61,7 @@ def serve() -> None:
     from service.settings import Settings
 
     settings = Settings()
-    server = Server(create_app(settings), settings.host, settings.port, settings.metrics_port)
+    server = Server(create_app(settings), settings)
     try:
         with suppress(KeyboardInterrupt):
             server.run()

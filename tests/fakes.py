@@ -244,6 +244,7 @@ def new_store(folder: Path) -> Store:
 def settings_for(folder: Path, **fields: Any) -> Settings:
     """Return settings of which nothing comes from the environment of whoever runs the tests."""
     defaults = {"database_url": f"sqlite:///{folder / 'lockstep.db'}", "storage": "s3://memory/root"}
+    defaults["trusted_hosts"] = "testserver"  # the name that a TestClient asks for
     return Settings(**{**defaults, **fields})
 
 
