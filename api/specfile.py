@@ -21,7 +21,7 @@ def read_spec(file: str) -> dict[str, Any]:
     where = "standard input" if file == "-" else file
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        spec = json.loads(text) if file.endswith(".json") else yaml.load(text, _SpecLoader)
+        spec = json.loads(text) if file.endswith(".json") else yaml.load(text, _SpecLoader)  # a SafeLoader  # nosec B506
     except OSError as error:
         raise SpecFileError(f"{where} cannot be read: {error.strerror}.") from error
     except yaml.MarkedYAMLError as error:
