@@ -15,6 +15,7 @@ import service as service_package
 from api.spec import job_spec_adapter
 from service.app import make_api
 from service.guard import ANY_HOST, LOOPBACK, hosts_for, is_trusted
+from service.settings import Settings
 from tests.fakes import World, job_id, settings_for, train_spec
 from tests.unit.service.in_process import BODY, KEY, Service, problem
 
@@ -76,6 +77,14 @@ def test_names_are_given_with_commas_and_a_pattern_that_could_not_match_is_refus
     for wrong in ("train.example.com:8700", "https://train.example.com", "*example.com", "a.*.example", "a/b"):
         with pytest.raises(ValidationError, match="write names without port"):
             settings_for(tmp_path, trusted_hosts=wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"metrics_port": 8700}, {"retention_grace": 1}, {"port": "x"}, {"storage": "x"}])
+def test_a_wrong_setting_is_told_without_the_passwords_of_others(wrong: dict[str, Any]) -> None:
+    """Pydantic would show both ends of all that it was given."""
+    with pytest.raises(ValidationError) as caught:
+        Settings(**{"storage": "s3://memory/root", **wrong, "database_url": "postgresql://u:canary@db/x"})
+    assert not {"canary", "input_value"} & set(re.findall(r"\w+", str(caught.value)))
 
 
 # Every route
