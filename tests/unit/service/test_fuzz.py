@@ -205,7 +205,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.mark.soak
 @pytest.mark.timeout(soak(1800, 300))
 @SCHEMA.parametrize()
-@settings(max_examples=soak(4000, 100), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=soak(1700, 100), deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_one_that_the_document_promises(case: "schemathesis.Case[Any]", world: World) -> None:
     world.asked += 1
     answer = case.call_and_validate(checks=CHECKS, headers=AUTH)
