@@ -21,7 +21,7 @@ def read_spec(file: str) -> dict[str, Any]:
     where = "standard input" if file == "-" else file
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        spec = json.loads(text) if file.endswith(".json") else yaml.load(text, _SpecLoader)
+        spec = json.loads(text) if file.endswith(".json") else yaml.load(text, _SpecLoader)  # a SafeLoader  # nosec B506
     except OSError as error:
         raise SpecFileError(f"{where} cannot be read: {error.strerror}.") from error
     except yaml.MarkedYAMLError as error:
@@ -48,6 +48,15 @@ class _SpecLoader(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (LookupError, ValueError) as error:  # PyYAML leaves it at that for `!!bool maybe`
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{str(node.value)[:60]!r} is no {kind}", node.start_mark
+            ) from error
+
     def construct_integer(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node)
         return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
@@ -64,3 +73,5 @@ for _tag, _pattern, _first in (
 ):
     _SpecLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 _SpecLoader.add_constructor("tag:yaml.org,2002:int", _SpecLoader.construct_integer)
+for _tag in ("binary", "omap", "pairs", "set", "timestamp"):  # what JSON does not have
+    del _SpecLoader.yaml_constructors[f"tag:yaml.org,2002:{_tag}"]

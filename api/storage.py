@@ -292,7 +292,7 @@ class Bucket:
                 if not passes or tries >= self._timeouts.attempts or monotonic() - begin > self._timeouts.total:
                     raise translated from error
                 pause = backoff(tries, _code(error) in _SLOW_DOWN)
-            sleep(pause * random.random())
+            sleep(pause * random.random())  # spreads retries, hides nothing  # nosec B311
 
     def _connect(self) -> "S3Client":
         # A session of its own: the SDK's shared one keeps the first credentials that it finds in a process.

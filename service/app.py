@@ -1,7 +1,7 @@
 """The application: wiring only."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
@@ -14,6 +14,7 @@ from api.storage import Bucket, Timeouts
 from service import docs, health, problems, routes
 from service.auth import ensure_key
 from service.database import make_engine, migrate
+from service.guard import ANY_HOST, SafeHeaders, TrustedHosts, hosts_for
 from service.jobs import Jobs
 from service.leases import Leases
 from service.metrics import Measures, Watched
@@ -59,7 +60,8 @@ def create_app(settings: Settings) -> FastAPI:
         ray.close()
         engine.dispose()
 
-    app = make_api(settings.max_body_bytes, lifespan)
+    hosts = settings.trusted_hosts or hosts_for(settings.host)
+    app = make_api(settings.max_body_bytes, lifespan, hosts)
     app.state.store, app.state.bucket, app.state.ray = store, bucket, ray
     app.state.jobs = Jobs(store, bucket, ray, settings)
     app.state.measures = measures
@@ -68,7 +70,9 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def make_api(max_body_bytes: int, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+def make_api(
+    max_body_bytes: int, lifespan: Lifespan[FastAPI] | None = None, trusted_hosts: Sequence[str] = ANY_HOST
+) -> FastAPI:
     """Return the routes and their errors, standing on nothing yet: enough for the OpenAPI document."""
     app = FastAPI(
         title="Lockstep", version=__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
@@ -76,7 +80,10 @@ def make_api(max_body_bytes: int, lifespan: Lifespan[FastAPI] | None = None) -> 
     app.add_route("/docs", docs.show, include_in_schema=False)
     app.include_router(routes.router)
     app.include_router(health.router)
+    # The last one added is the outermost.
+    app.add_middleware(TrustedHosts, trusted=trusted_hosts)
     app.add_middleware(problems.Edge, max_body_bytes=max_body_bytes)
+    app.add_middleware(SafeHeaders)
     problems.install(app)
     describe(app)
     return app

@@ -137,9 +137,9 @@ def export_config(spec: ModelSpec, vocab_size: int, sequence_length: int, end_of
         "tie_word_embeddings": spec.tied_embeddings,
         "attention_dropout": 0.0,
         # All three, because the defaults of an architecture are the tokens of somebody else's vocabulary.
-        "bos_token_id": None,
+        "bos_token_id": None,  # nosec B105
         "eos_token_id": end_of_text,
-        "pad_token_id": None,
+        "pad_token_id": None,  # nosec B105
         "torch_dtype": "float32",
     }
     if family is _OPT:

@@ -71,7 +71,7 @@ def serve(
     if rebuild:
         _show(_rebuild())  # what is damaged is named in the log, and keeps nobody else waiting
     with _told(), serving(settings.database_url):
-        server = Server(create_app(settings), settings.host, settings.port, settings.metrics_port)
+        server = Server(create_app(settings), settings)
         try:
             with suppress(KeyboardInterrupt):
                 server.run()

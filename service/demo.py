@@ -63,7 +63,7 @@ def local_stack() -> Iterator[Client]:
         cpus = str(max(2, os.cpu_count() or 1))
         ports = [word for name in ("port", "dashboard-port", "s3-port", "metrics-port") for word in (f"--{name}", "0")]
         command = [sys.executable, "-m", "service.cli", "up", "--state", f"{folder}/state", "--cpus", cpus, *ports]
-        up = subprocess.Popen(command, env=environment, start_new_session=True)
+        up = subprocess.Popen(command, env=environment, start_new_session=True)  # every word is ours  # nosec B603
         try:
             found = wait_for(profile, up)
             with Client(found.url, found.api_key) as client:

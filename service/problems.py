@@ -91,7 +91,7 @@ def _allowed(request: Request) -> str:
     A path that is not in the document is one of its own pages.
     """
     paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
-    found = [methods for path, methods in paths.items() if compile_path(path)[0].match(request.url.path)]
+    found = [methods for path, methods in paths.items() if compile_path(path)[0].match(request.scope["path"])]
     return ", ".join(sorted({method.upper() for methods in found for method in methods} or {"GET", "HEAD"}))
 
 

@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.metrics import Measures
+from service.settings import Settings
 from service.sse import Streams
 
 _GRACE_SECONDS = 3
@@ -18,13 +19,21 @@ _GRACE_SECONDS = 3
 class Server(uvicorn.Server):
     """Serves the application until SIGINT or SIGTERM. Left alone, uvicorn would wait for the end of every stream."""
 
-    def __init__(self, app: FastAPI, host: str, port: int, metrics_port: int | None = None, **options: Any) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, **options: Any) -> None:
         super().__init__(
-            uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=_GRACE_SECONDS, ws="none", **options)
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                limit_concurrency=settings.connections + 1,  # uvicorn refuses the one that reaches it
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+                ws="none",
+                **options,
+            )
         )
         self._streams: Streams = app.state.streams
         self._measures: Measures = app.state.measures
-        self._metrics_port, self._scrapes = metrics_port, ExitStack()
+        self._metrics_port, self._scrapes = settings.metrics_port, ExitStack()
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop; MetricsPortBusy before anything has started."""

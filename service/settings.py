@@ -1,10 +1,11 @@
 """Everything that the control plane takes from its environment, read once."""
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class NodeGroup(BaseModel):
@@ -21,13 +22,22 @@ class Settings(BaseSettings):
     """Set by `LOCKSTEP_<NAME>`. Durations are in seconds."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LOCKSTEP_", frozen=True, validate_default=True, use_attribute_docstrings=True
+        env_prefix="LOCKSTEP_",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # a database URL may hold a password
     )
 
     host: str = "127.0.0.1"
     port: int = 8700
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     """Where Prometheus may scrape the control plane, on the same host; unset, nowhere. It asks for no key."""
+    trusted_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Names under which clients ask for this server, comma-separated; `*.example.com` are all below that one, `*` is
+    any. Unset: `localhost` if we listen on this machine alone, otherwise any. An address is always taken."""
+    connections: int = Field(default=1000, ge=1)
+    """Most connections at once, live streams included; who comes then is told 503."""
     database_url: str = "sqlite:///lockstep.db"
     """SQLite for one control plane, or postgresql://user@host/database for any number; libpq's own variables, such as
     PGPASSWORD, count too."""
@@ -78,6 +88,22 @@ class Settings(BaseSettings):
     """From when nobody seems to need a checkpoint to its deletion; longer than `start_deadline`."""
     failpoint: str = ""
     """For tests: the name of a place in the reconciler where the process kills itself."""
+
+    @field_validator("trusted_hosts", mode="before")
+    @classmethod
+    def _names_of_hosts(cls, value: Any) -> Any:
+        return tuple(filter(None, re.split(r"[,\s]+", value.lower()))) if isinstance(value, str) else value
+
+    @field_validator("trusted_hosts")
+    @classmethod
+    def _hosts_can_be_compared(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", host):
+                raise ValueError(
+                    f"LOCKSTEP_TRUSTED_HOSTS holds {host!r}; write names without port, such as train.example.com, "
+                    "*.example.com for all below one, or * for any"
+                )
+        return value
 
     @field_validator("storage")
     @classmethod

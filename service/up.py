@@ -196,7 +196,7 @@ def ray_folder(state: Path) -> Path:
     """Return where Ray keeps sockets and logs: a path short enough for a socket, one per state folder."""
     temporary = Path(tempfile.gettempdir())
     if len(os.fsencode(temporary)) > _LONGEST_TEMPORARY:
-        temporary = Path("/tmp")
+        temporary = Path("/tmp")  # the folder in it is made anew, for its owner alone  # nosec B108
     return temporary / f"ls{os.getuid()}-{hashlib.sha256(os.fsencode(state)).hexdigest()[:8]}"
 
 

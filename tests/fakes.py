@@ -239,6 +239,7 @@ def leases_of(store: Store) -> Leases:
 def settings_for(folder: Path, **fields: Any) -> Settings:
     """Return settings of which nothing comes from the environment of whoever runs the tests."""
     defaults = {"database_url": database_url(folder), "storage": "s3://memory/root"}
+    defaults["trusted_hosts"] = "testserver"  # the name that a TestClient asks for
     return Settings(**{**defaults, **fields})
 
 

@@ -61,7 +61,7 @@ class CacheFolder:
         found = None
         if len(body) <= self._limit:
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)  # whoever cleans up disks may do so while we run
+                self._folder.mkdir(0o700, parents=True, exist_ok=True)  # whoever cleans up disks may do so while we run
                 with self._locked():
                     found = self._replace(digest, body)
             except OSError as error:  # full, read-only, forbidden, too slow: a run can do without

@@ -105,7 +105,7 @@ class PatientBucket(Bucket):
             else:
                 self._note_answer()
                 return answer
-            self._sleep(min(left, wait * random.uniform(0.5, 1.0)))
+            self._sleep(min(left, wait * random.uniform(0.5, 1.0)))  # spreads retries, hides nothing  # nosec B311
             wait = min(2 * wait, _LONGEST_WAIT)
 
     def _note_failure(self, error: StorageError, began: float, announces: bool) -> None:

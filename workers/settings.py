@@ -24,7 +24,8 @@ class WorkerSettings:
     """Clocks are settings, so that tests can run short forms. All in seconds."""
 
     storage: str = field(default_factory=lambda: os.environ["LOCKSTEP_STORAGE"])
-    cache: Path = field(default_factory=lambda: Path(os.environ.get("LOCKSTEP_CACHE", "/tmp/lockstep-cache")))
+    # Whoever else could write there gains nothing: a block counts only with the right hash.
+    cache: Path = field(default_factory=lambda: Path(os.environ.get("LOCKSTEP_CACHE", "/tmp/lockstep-cache")))  # nosec B108
     """Where blocks of token shards are kept: a folder on a local disk, shared by all ranks and jobs of the machine."""
     cache_bytes: int = field(default_factory=lambda: _bytes("LOCKSTEP_CACHE_BYTES", DEFAULT_CACHE_BYTES))
     """The most that those blocks take on disk; what finds no room is read into memory. 0 keeps nothing on disk."""

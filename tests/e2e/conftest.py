@@ -80,6 +80,7 @@ def alone(stack: Stack, dataset: Job) -> Job:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests that make the others' jobs be forgotten behind them, and the one that stops the stack last."""
-    last = ("test_lost_database.py", "test_ray_lost.py", "test_storm.py", "test_stop.py")
+    """Put the search for secrets behind what may have written some, then the tests that make Ray or the control plane
+    forget the jobs of the others, and the one that stops the stack last."""
+    last = ("test_secrets.py", "test_lost_database.py", "test_ray_lost.py", "test_storm.py", "test_stop.py")
     items.sort(key=lambda item: last.index(item.path.name) if item.path.name in last else -1)

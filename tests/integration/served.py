@@ -30,7 +30,7 @@ KEY = "lk_served"
 def serving(settings: Settings) -> Iterator[FastAPI]:
     """A control plane in a thread of this process; stopping it takes no longer than requests without streams do."""
     app = create_app(settings)
-    server = Server(app, settings.host, settings.port, log_level="warning")
+    server = Server(app, settings, log_level="warning")
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -185,3 +185,11 @@ def test_a_large_body_is_refused_while_it_arrives(client: httpx2.Client) -> None
     except httpx2.WriteError:  # the server has hung up on what it will not read
         return
     problem(answer, 413)
+
+
+def test_a_server_of_this_machine_answers_to_no_name_that_was_made_to_point_at_it(client: httpx2.Client) -> None:
+    port = client.base_url.port
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"):
+        assert client.get("/v1/jobs", headers={"Host": host}).status_code == 200
+    problem(client.get("/v1/jobs", headers={"Host": f"rebound.example:{port}"}), 400)
+    problem(client.get("/healthz", headers={"Host": f"rebound.example:{port}"}), 400)

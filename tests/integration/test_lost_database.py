@@ -40,7 +40,7 @@ class Place:
     life: int = 0
 
     def start(self) -> None:
-        self.life = self.planes.start()
+        self.life = self.planes.start(int(self.environment["LOCKSTEP_PORT"]))
         wait_until(self.answers)
 
     def answers(self) -> bool:

@@ -3,9 +3,11 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from api.client import Client
@@ -156,3 +158,13 @@ def test_a_key_that_is_revoked_ends_the_stream_and_opens_no_other(settings: Sett
         app.state.store.revoke_key(key["id"])
         with pytest.raises(Unauthorized):
             list(stream)
+
+
+def test_connections_beyond_the_most_are_told_to_come_back(settings: Settings) -> None:
+    two = settings.model_copy(update={"connections": 2})
+    with serving(two), ExitStack() as held, httpx2.Client(base_url=f"http://{settings.host}:{settings.port}") as third:
+        clients = [held.enter_context(Client(str(third.base_url), KEY)) for _ in range(2)]
+        assert [client.list().items for client in clients] == [[], []]
+        assert third.get("/healthz").status_code == 503
+        held.close()
+        until(lambda: third.get("/healthz").status_code == 200)

@@ -1,6 +1,7 @@
 """The rooms and the arrows between them, as the code has them."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,11 @@ def test_the_client_imports_no_bucket() -> None:
         if file.parent.name == "api" and file.name not in ("datasets.py", "manifest.py"):
             nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
             assert "storage" not in {node.module for node in nodes if node.level}
+
+
+def test_nothing_unpickles() -> None:
+    """A pickle is a program. Tensors are in safetensors, all else in JSON; torch's own readers unpickle."""
+    for package in ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"):
+        assert importers(package) == set(), package
+    unpickling = re.compile(r"\btorch\.(load|jit\.load|export\.load|hub)\b|\b(np|numpy)\.load\(|allow_pickle=True")
+    assert [file.name for file in MODULES if unpickling.search(file.read_text())] == []

@@ -165,7 +165,8 @@ def test_a_body_without_end_is_cut_off_while_it_arrives(service: Service, announ
     async def send(message: Any) -> None:
         answers.append(message)
 
-    headers = [(b"authorization", AUTH["Authorization"].encode()), (b"content-type", b"application/json")]
+    headers = [(b"host", b"testserver"), (b"content-type", b"application/json")]
+    headers += [(b"authorization", AUTH["Authorization"].encode())]
     if announced is not None:
         headers.append((b"content-length", str(announced).encode()))
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}

@@ -52,6 +52,7 @@ from tests.fakes import (
     settings_for,
     train_spec,
 )
+from tests.soak import soak
 
 KEY = "lk_test"
 AUTH = {"Authorization": f"Bearer {KEY}"}
@@ -71,6 +72,7 @@ class World:
         self.store, self.bucket, self.ray = Store(self.engine), MemoryBucket(), FakeRay()
         self.settings = settings_for(folder)
         create_key(self.store, "fuzz", KEY)
+        self.asked = 0
         self.reset()
 
     def reset(self) -> None:
@@ -197,11 +199,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     APP.state.streams = Streams(0.01, 1.0)
     yield made
     made.engine.dispose()
+    assert not made.asked or made.asked >= soak(30_000, 0)  # in one process, all operations together
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(soak(1800, 300))
 @SCHEMA.parametrize()
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=soak(1700, 100), deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_one_that_the_document_promises(case: "schemathesis.Case[Any]", world: World) -> None:
+    world.asked += 1
     answer = case.call_and_validate(checks=CHECKS, headers=AUTH)
     assert answer.status_code != 401
     if answer.status_code in (201, 202, 204):
@@ -266,9 +272,15 @@ def test_without_a_key_the_answer_is_401_whatever_else_is_wrong(
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
+texts = st.text(st.characters(exclude_categories=()), max_size=8)  # halves of surrogate pairs too
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["train", "1m"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | texts
+    | st.sampled_from(["train", "1m", 2**63, -(10**400)]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
 
@@ -291,17 +303,42 @@ def broken_specs(draw: st.DrawFn) -> Any:
     return spec
 
 
-@given(spec=broken_specs() | json_values)
+#: What JSON texts break on, or its readers.
+PIECES = [
+    b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x00", b"\n", b'"', b"\\", b"\\ud800", b"\\u0000", b",", b":", b"}",
+    b"]", b"{", b"[" * 9000, b'{"a":' * 9000, b"[" * 60 + b"]" * 60, b"9" * 5000, b"-", b"1e999", b"1e-999",
+    b"-0", b"0x1", b"NaN", b"-Infinity", b'{"name":"a","name":["b"]}', b'"name":', b"//", b"'a'", b"null", b"[]", b'""',
+]  # fmt: skip
+
+
+@st.composite
+def mangled(draw: st.DrawFn) -> bytes:
+    """A spec as JSON, in which pieces of JSON stand where they do not belong."""
+    body = json.dumps(draw(st.sampled_from(SPECS) | broken_specs())).encode()
+    for piece in draw(st.lists(st.sampled_from(PIECES), min_size=1, max_size=3)):
+        start = draw(st.integers(0, len(body)))
+        body = body[:start] + piece + body[start + draw(st.integers(0, 8)) :]
+    return body
+
+
+bodies = (broken_specs() | json_values).map(lambda value: json.dumps(value).encode()) | mangled()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(soak(1800, 300))
+@given(body=bodies)
 @settings(
-    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=soak(30_000, 500),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_any_json_for_a_spec_is_planned_or_refused_with_the_paths_of_its_faults(world: World, spec: Any) -> None:
-    body = json.dumps(spec).encode()
+def test_any_body_for_a_spec_is_planned_or_refused_with_the_paths_of_its_faults(world: World, body: bytes) -> None:
     headers = {**AUTH, "Content-Type": "application/json"}
     answer = client().post("/v1/jobs?dry_run=true", content=body, headers=headers)
     assert answer.status_code in (200, 400, 422), answer.text
     if answer.status_code == 200:
-        assert answer.json()["kind"] == spec.get("kind", "train")
+        assert answer.json()["kind"] == json.loads(body).get("kind", "train")
         return
     assert answer.headers["content-type"] == "application/problem+json"
     problem = Problem.model_validate_json(answer.content)

@@ -202,12 +202,12 @@ def test_the_figures_have_a_port_of_their_own_and_are_not_on_the_api(service: Se
 
 
 def test_the_port_opens_with_the_server_and_closes_before_what_a_scrape_looks_at(
-    service: Service, monkeypatch: pytest.MonkeyPatch
+    service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     port = free_port()
     ray, closed = service.app.state.ray, []
     monkeypatch.setattr(ray, "close", lambda: closed.append(is_free(port)))
-    server = Server(service.app, "127.0.0.1", free_port(), port, log_level="error")
+    server = Server(service.app, settings_for(tmp_path, port=free_port(), metrics_port=port), log_level="error")
     found: list[bytes] = []
 
     async def look_and_leave() -> None:
