@@ -1,7 +1,7 @@
 """Everything that the control plane takes from its environment, read once."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -29,6 +29,8 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     """Where Prometheus may scrape the control plane, on the same host; unset, nowhere. It asks for no key."""
     database_url: str = "sqlite:///lockstep.db"
+    database_url_path: Path | None = None
+    """File with that URL, where it holds a password; instead of LOCKSTEP_DATABASE_URL."""
     storage: str = ""
     """s3://bucket/prefix; endpoint and credentials by the AWS SDK's own variables."""
     ray_address: str = "http://127.0.0.1:8265"
@@ -74,6 +76,19 @@ class Settings(BaseSettings):
     """From when nobody seems to need a checkpoint to its deletion; longer than `start_deadline`."""
     failpoint: str = ""
     """For tests: the name of a place in the reconciler where the process kills itself."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _database_url_from_its_file(cls, values: dict[str, Any]) -> dict[str, Any]:
+        path = values.get("database_url_path")
+        if not path:
+            return values
+        if "database_url" in values:
+            raise ValueError("set LOCKSTEP_DATABASE_URL or LOCKSTEP_DATABASE_URL_PATH, not both")
+        try:
+            return values | {"database_url": Path(path).read_text().strip()}
+        except OSError as error:
+            raise ValueError(f"LOCKSTEP_DATABASE_URL_PATH names a file that cannot be read: {error}") from error
 
     @field_validator("storage")
     @classmethod
