@@ -21,7 +21,11 @@ class Settings(BaseSettings):
     """Set by `LOCKSTEP_<NAME>`. Durations are in seconds."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LOCKSTEP_", frozen=True, validate_default=True, use_attribute_docstrings=True
+        env_prefix="LOCKSTEP_",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # a database's URL may hold its password
     )
 
     host: str = "127.0.0.1"

@@ -186,8 +186,7 @@ def test_who_is_waited_for_can_say_that_he_is_well() -> None:
                 own = target.get("healthcheck", {})
                 built = "build" in target and read_dockerfile(Path(target["build"]["dockerfile"]).name).final
                 assert own or (built and built.last("HEALTHCHECK").words), f"{name} waits for {other} for ever"
-            else:
-                assert wanted["condition"] == "service_completed_successfully"
+            elif wanted["condition"] == "service_completed_successfully":
                 assert target["restart"] == "no", f"{name} waits for {other}, which never ends"
 
 
@@ -226,9 +225,21 @@ def test_the_dashboards_charts_come_from_what_runs_here() -> None:
         assert "query" in SERVICES[name]["networks"]
     (port,) = SERVICES["grafana"]["ports"]
     assert port.startswith(said["RAY_GRAFANA_IFRAME_HOST"].removeprefix("http://") + ":")
-    (shared,) = dashboard["ray-head"]["volumes"]
-    assert shared.split(":")[1] == said["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"]
-    assert dashboard["grafana"]["volumes"][0].split(":")[0] == shared.split(":")[0]
+
+
+def test_grafana_has_the_dashboards_that_its_provisioning_names() -> None:
+    grafana, folder = SERVICES["grafana"], DEPLOY / "grafana" / "provisioning" / "dashboards"
+    places = {volume.split(":")[1]: volume.split(":")[0] for volume in grafana["volumes"]}
+    assert places["/etc/grafana/provisioning"] == "./grafana/provisioning"
+    named = [provider for file in folder.iterdir() for provider in yaml.safe_load(file.read_text())["providers"]]
+    sources = {places[provider["options"]["path"]] for provider in named}
+    assert sources == {"./grafana/dashboards", "ray-dashboards"}
+
+
+def test_ray_writes_its_dashboards_where_grafana_reads_them() -> None:
+    folder = SERVICES["ray-head"]["environment"]["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"]
+    assert f"ray-dashboards:{folder}" in SERVICES["ray-head"]["volumes"]
+    assert any(folder in line.text for line in read_dockerfile("Dockerfile.worker").final.all("RUN"))
 
 
 def test_what_prometheus_scrapes_is_there() -> None:

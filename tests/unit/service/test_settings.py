@@ -27,6 +27,15 @@ def test_two_database_urls_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         Settings()
 
 
+def test_a_refused_setting_does_not_show_the_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCKSTEP_DATABASE_URL", "postgresql://user:secret@host/db")
+    monkeypatch.setenv("LOCKSTEP_PORT", "1")
+    monkeypatch.setenv("LOCKSTEP_METRICS_PORT", "1")
+    with pytest.raises(ValidationError) as raised:
+        Settings()
+    assert "secret" not in str(raised.value)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCKSTEP_DATABASE_URL_PATH", str(tmp_path / "none"))
     with pytest.raises(ValidationError, match=f"LOCKSTEP_DATABASE_URL_PATH .*{tmp_path / 'none'}"):
