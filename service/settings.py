@@ -41,6 +41,8 @@ class Settings(BaseSettings):
     database_url: str = "sqlite:///lockstep.db"
     """SQLite for one control plane, or postgresql://user@host/database for any number; libpq's own variables, such as
     PGPASSWORD, count too."""
+    database_url_path: Path | None = None
+    """File with that URL, where it holds a password; instead of LOCKSTEP_DATABASE_URL."""
     lease_seconds: float = Field(default=15.0, gt=0)
     """For how long the work of a control plane that has died is left to it, where there are several."""
     storage: str = ""
@@ -104,6 +106,19 @@ class Settings(BaseSettings):
                     "*.example.com for all below one, or * for any"
                 )
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _database_url_from_its_file(cls, values: dict[str, Any]) -> dict[str, Any]:
+        path = values.get("database_url_path")
+        if not path:
+            return values
+        if "database_url" in values:
+            raise ValueError("set LOCKSTEP_DATABASE_URL or LOCKSTEP_DATABASE_URL_PATH, not both")
+        try:
+            return values | {"database_url": Path(path).read_text().strip()}
+        except OSError as error:
+            raise ValueError(f"LOCKSTEP_DATABASE_URL_PATH names a file that cannot be read: {error}") from error
 
     @field_validator("storage")
     @classmethod
