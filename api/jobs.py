@@ -89,6 +89,8 @@ class Progress(Answer):
     values: dict[str, float] = Field(default_factory=dict)
     """loss, learning_rate, tokens_per_second, …"""
     eta_seconds: float | None = None
+    at: datetime | None = None
+    """When the newest line was written."""
 
 
 class Origin(Answer):

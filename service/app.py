@@ -41,8 +41,8 @@ def create_app(settings: Settings) -> FastAPI:
     bucket = Bucket(settings.storage, Timeouts(connect=2.0, read=settings.storage_timeout, attempts=3))
     ray = RayBackend(settings.ray_address, settings.ray_token_path, settings.request_timeout)
     measures = Measures(store, lambda: health.look_at(health.checks_of(app.state)))
-    reconciler = Reconciler(store, bucket, ray, settings, measures.note_pass)
-    loops = (reconciler.loop, Retention(store, bucket, settings).loop)
+    reconciler = Reconciler(store, bucket, ray, settings, measures.reconciled.note, measures.note_lost)
+    loops = (reconciler.loop, Retention(store, bucket, settings, measures.retained.note).loop)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -58,8 +58,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.store, app.state.bucket, app.state.ray = store, bucket, ray
     app.state.jobs = Jobs(store, bucket, ray, settings)
     app.state.measures = measures
-    app.add_middleware(Watched, measures=measures)
     app.state.streams = Streams(settings.live_interval, settings.live_keep_alive, settings.live_streams)
+    measures.watch_streams(app.state.streams)
+    app.add_middleware(Watched, measures=measures)
     return app
 
 

@@ -7,7 +7,7 @@ takes it once, and every change of state is one guarded update. Nothing is remem
 import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -44,7 +44,7 @@ from service.lifecycle import (
 )
 from service.line import lasting, take_turns
 from service.observer import ClusterView, observe, observe_cluster
-from service.periodic import Periodic
+from service.periodic import NotePass, Periodic, nobody
 from service.progress import read_progress
 from service.ray_backend import RayBackend, RayUnreachable
 from service.reasons import REASONS, Policy
@@ -67,12 +67,14 @@ class Reconciler:
         bucket: Bucket,
         ray: RayBackend,
         settings: Settings,
-        note_pass: Callable[[float], None] = lambda seconds: None,
+        note_pass: NotePass = nobody,
+        note_lost: Callable[[Reason], None] = lambda reason: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`note_pass` hears of each complete pass how long it took; `clock` gives monotonic seconds."""
+        """`note_pass` hears of each complete pass, `note_lost` of each attempt that is given up; `clock` gives
+        monotonic seconds."""
         self._store, self._bucket, self._ray, self._settings = store, bucket, ray, settings
-        self._note_pass, self._clock = note_pass, clock
+        self._note_lost, self._clock = note_lost, clock
         self._standstill = Standstill(settings.start_deadline)
         self._stranded: dict[str, datetime] = {}
         self._policy = Policy(
@@ -82,13 +84,7 @@ class Reconciler:
             retry_backoff=settings.retry_backoff,
             backoff_limit=settings.backoff_limit,
         )
-        self.loop = Periodic("reconciler", self._pass, settings.reconcile_interval)
-
-    def _pass(self) -> None:
-        began = perf_counter()
-        self.reconcile_all()
-        if not self.loop.stopping:
-            self._note_pass(perf_counter() - began)
+        self.loop = Periodic("reconciler", self.reconcile_all, settings.reconcile_interval, note_pass)
 
     def reconcile_all(self) -> None:
         """One pass over every live job, oldest first, and over what deleted jobs left."""
@@ -213,7 +209,8 @@ class Reconciler:
             "stop_reason": None,
         }
         data = {"reason": lost.reason, "attempt": job.attempt}
-        self._enter(job, JobState.RECOVERING, lost.message, changes, data=data)
+        if self._enter(job, JobState.RECOVERING, lost.message, changes, data=data) is not None:
+            self._note_lost(lost.reason)
 
     def _finish(self, job: JobRow, seen: Observation, state: JobState, reason: Reason, message: str) -> None:
         """Record the end, and with it where the history ends: the newest segment of the present attempt."""

@@ -22,7 +22,7 @@ from api.layout import JobLayout, SegmentId
 from api.manifest import read_manifest
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
-from service.periodic import Periodic
+from service.periodic import NotePass, Periodic, nobody
 from service.rows import JobRow, Mark, NewEvent
 from service.settings import Settings
 from service.store import Store
@@ -172,12 +172,12 @@ class _Memory:
 class Retention:
     """Looks at the checkpoints of every training job, once in each interval, until it has ended and is in order."""
 
-    def __init__(self, store: Store, bucket: Bucket, settings: Settings) -> None:
+    def __init__(self, store: Store, bucket: Bucket, settings: Settings, note_pass: NotePass = nobody) -> None:
         self._store, self._bucket = store, bucket
         self._grace = timedelta(seconds=settings.retention_grace)
         self._memory: dict[str, _Memory] = {}
         # In a thread of its own: it lists a lot, and no wish to stop shall wait for that.
-        self.loop = Periodic("retention", lambda: self.run(present()), settings.retention_interval)
+        self.loop = Periodic("retention", lambda: self.run(present()), settings.retention_interval, note_pass)
 
     def run(self, now: datetime) -> None:
         """One pass. The trouble of one job stops no other; a bucket that does not answer stops all."""
