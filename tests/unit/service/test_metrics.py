@@ -23,6 +23,7 @@ from service.auth import create_key
 from service.metrics import Measures, MetricsPortBusy, Passes
 from service.processes import is_free
 from service.reconciler import Reconciler
+from service.retention import Retention
 from service.server import Server
 from service.sse import Streams
 from service.store import Store
@@ -40,6 +41,7 @@ class Service:
         patch.setattr(app_module, "Bucket", lambda *_: self.bucket)
         patch.setattr(app_module, "RayBackend", lambda *_: self.ray.backend())
         patch.setattr(app_module, "Reconciler", self._reconciler)
+        patch.setattr(app_module, "Retention", self._retention)
         new_store(folder)._engine.dispose()
         self.app: FastAPI = app_module.create_app(settings_for(folder))
         self.store: Store = self.app.state.store
@@ -49,6 +51,10 @@ class Service:
     def _reconciler(self, *arguments: Any) -> Reconciler:
         self.reconciler = Reconciler(*arguments)
         return self.reconciler
+
+    def _retention(self, *arguments: Any) -> Retention:
+        self.retention = Retention(*arguments)
+        return self.retention
 
     @property
     def measures(self) -> Measures:
@@ -199,8 +205,8 @@ def test_the_passes_of_both_loops_are_counted(service: Service) -> None:
     for name in ("reconcile", "retention"):
         assert service.figure(f"lockstep_{name}_seconds_count") == 0
         assert 0 <= service.figure(f"lockstep_{name}_lag_seconds") < 60
-    service.measures.retained.note(0.5)
-    assert service.figure("lockstep_retention_seconds_sum") == 0.5
+    service.retention.loop.run_once()
+    assert service.figure("lockstep_retention_seconds_count") == 1
     assert service.figure("lockstep_reconcile_seconds_count") == 0
 
 
