@@ -1,6 +1,5 @@
 """The application: wiring only."""
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,13 +13,14 @@ from service import docs, health, problems, routes
 from service.auth import ensure_key
 from service.database import make_engine, migrate
 from service.jobs import Jobs
-from service.metrics import Measures, Watched
+from service.metrics import Measures
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
 from service.retention import Retention
 from service.settings import Settings
 from service.sse import Streams
 from service.store import Store
+from service.watched import Watched
 
 DESCRIPTION = """
 Submit a job; it trains data-parallel on Ray, reads token shards from your bucket and writes verified checkpoints back.
@@ -31,8 +31,6 @@ Send your API key as `Authorization: Bearer <key>`. Every error is `application/
 
 def create_app(settings: Settings) -> FastAPI:
     """Return the control plane, its database migrated and its reconciler started with the server."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each look at Ray says nothing
     migrate(settings.database_url)
     engine = make_engine(settings.database_url)
     store = Store(engine)

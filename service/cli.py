@@ -55,12 +55,14 @@ def up(
 @app.command()
 def serve() -> None:
     """Run the control plane alone; LOCKSTEP_ variables configure it."""
+    from service import logs
     from service.app import create_app
     from service.metrics import MetricsPortBusy
     from service.server import Server
     from service.settings import Settings
 
     settings = Settings()
+    logs.configure(settings, os.environ)
     server = Server(create_app(settings), settings.host, settings.port, settings.metrics_port)
     try:
         with suppress(KeyboardInterrupt):

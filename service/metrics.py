@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import LockstepError
 from api.jobs import Check, Reason
@@ -19,8 +18,8 @@ from service.reasons import REASONS
 from service.sse import Streams
 from service.store import Store
 
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_UNKNOWN = "unknown"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+UNKNOWN = "unknown"
 Clock = Callable[[], float]
 _PASS_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -50,7 +49,7 @@ class Measures:
         ProcessCollector(registry=self.registry)
 
     def note_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        method = method if method in _METHODS else _UNKNOWN
+        method = method if method in METHODS else UNKNOWN
         self._requests.labels(method, route, str(status)).inc()
         self._request_seconds.labels(method, route).observe(seconds)
 
@@ -99,25 +98,3 @@ class Passes:
 
 class MetricsPortBusy(LockstepError):
     """The port for metrics is taken, or not ours to take."""
-
-
-class Watched:
-    """The layer around the application that notes each request by its route's template, method and status."""
-
-    def __init__(self, app: ASGIApp, measures: Measures) -> None:
-        self._app, self._measures = app, measures
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began = time.perf_counter()
-
-        async def noting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", _UNKNOWN)
-                seconds = time.perf_counter() - began
-                self._measures.note_request(scope["method"], route, message["status"], seconds)
-            await send(message)
-
-        await self._app(scope, receive, noting)

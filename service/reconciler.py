@@ -43,6 +43,7 @@ from service.lifecycle import (
     decide,
 )
 from service.line import lasting, take_turns
+from service.logs import about
 from service.observer import ClusterView, observe, observe_cluster
 from service.periodic import NotePass, Periodic, nobody
 from service.progress import read_progress
@@ -98,18 +99,20 @@ class Reconciler:
                     return
                 self._reconcile_safely(job, cluster, turns.get(job.id, Turn()))
         for job in self._store.to_purge():
-            self._purge(job)
+            with about(job=job.id):
+                self._purge(job)
 
     def _reconcile_safely(self, job: JobRow, cluster: ClusterView, turn: Turn) -> None:
         """One job's trouble must not stop the others."""
-        try:
-            self.reconcile(job, cluster, turn)
-        except SQLAlchemyError:
-            raise
-        except (LockstepError, ValueError) as error:
-            logger.warning("job %s attempt %d: %s", job.id, job.attempt, error)
-        except Exception:
-            logger.exception("job %s attempt %d: a bug; the next pass tries again", job.id, job.attempt)
+        with about(job=job.id, attempt=job.attempt):
+            try:
+                self.reconcile(job, cluster, turn)
+            except SQLAlchemyError:
+                raise
+            except (LockstepError, ValueError) as error:
+                logger.warning("%s", error)
+            except Exception:
+                logger.exception("a bug; the next pass tries again")
 
     def reconcile(self, job: JobRow, cluster: ClusterView, turn: Turn) -> None:
         """Observe, decide, act, apply."""
@@ -252,7 +255,8 @@ class Reconciler:
         everything = {"conditions": [], **changes, "state": state.value, "state_since": now(), "message": message}
         applied = self._store.apply(job, everything, [NewEvent("state", message, state, data or {})])
         if applied is not None:
-            logger.info("job %s attempt %d: %s, %s", job.id, applied.attempt, state, message)
+            with about(attempt=applied.attempt, state=state.value):
+                logger.info("%s", message)
         return applied
 
     def _note_progress(self, job: JobRow) -> JobRow:
@@ -262,7 +266,7 @@ class Reconciler:
         except StorageError:
             return job
         except ValueError as error:  # a damaged stream is no reason to leave the job alone
-            logger.warning("job %s: its stream cannot be read: %s", job.id, error)
+            logger.warning("its stream cannot be read: %s", error)
             return job
         return (self._store.apply(job, changes, events) or job) if changes else job
 
@@ -274,7 +278,7 @@ class Reconciler:
             keys = [item.key for item in self._bucket.objects(JobLayout(job.project, job.id).prefix)]
             self._bucket.delete(keys)
         except StorageError as error:
-            logger.warning("job %s: its objects cannot be deleted now: %s", job.id, error)
+            logger.warning("its objects cannot be deleted now: %s", error)
             return
         self._store.apply(job, {"purged_at": now()})
 

@@ -22,6 +22,7 @@ from api.layout import JobLayout, SegmentId
 from api.manifest import read_manifest
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
+from service.logs import about
 from service.periodic import NotePass, Periodic, nobody
 from service.rows import JobRow, Mark, NewEvent
 from service.settings import Settings
@@ -186,17 +187,18 @@ class Retention:
         for job in jobs:
             if self.loop.stopping:
                 return
-            try:
-                self._retain(job, now)
-            except SQLAlchemyError:
-                raise
-            except (StorageUnavailable, StorageDenied) as error:
-                logger.warning("no checkpoint is deleted for now: %s", error)
-                return
-            except (LockstepError, ValueError) as error:
-                logger.warning("job %s: its checkpoints are left as they are: %s", job.id, error)
-            except Exception:
-                logger.exception("job %s: its checkpoints are left as they are, for a bug", job.id)
+            with about(job=job.id):
+                try:
+                    self._retain(job, now)
+                except SQLAlchemyError:
+                    raise
+                except (StorageUnavailable, StorageDenied) as error:
+                    logger.warning("no checkpoint is deleted for now: %s", error)
+                    return
+                except (LockstepError, ValueError) as error:
+                    logger.warning("its checkpoints are left as they are: %s", error)
+                except Exception:
+                    logger.exception("its checkpoints are left as they are, for a bug")
 
     def _retain(self, job: JobRow, now: datetime) -> None:
         policy = policy_of(job.parsed_spec)

@@ -19,9 +19,17 @@ class Server(uvicorn.Server):
     """Serves the application until SIGINT or SIGTERM. Left alone, uvicorn would wait for the end of every stream."""
 
     def __init__(self, app: FastAPI, host: str, port: int, metrics_port: int | None = None, **options: Any) -> None:
-        super().__init__(
-            uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=_GRACE_SECONDS, ws="none", **options)
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            timeout_graceful_shutdown=_GRACE_SECONDS,
+            ws="none",
+            log_config=None,  # its lines go the way of ours
+            access_log=False,  # the application writes one for each request
+            **options,
         )
+        super().__init__(config)
         self._streams: Streams = app.state.streams
         self._measures: Measures = app.state.measures
         self._metrics_port, self._scrapes = metrics_port, ExitStack()

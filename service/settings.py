@@ -72,6 +72,8 @@ class Settings(BaseSettings):
     """Between two looks at the checkpoints of a training job."""
     retention_grace: float = 900.0
     """From when nobody seems to need a checkpoint to its deletion; longer than `start_deadline`."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the log on stderr: lines for people, or an object of JSON in each line."""
     failpoint: str = ""
     """For tests: the name of a place in the reconciler where the process kills itself."""
 

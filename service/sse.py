@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import copy_context
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -154,7 +155,7 @@ class Streams:
         while not stop.done():
             items, more = _look(feed, check), True
             while more and not stop.done():  # the server may stop while a batch is sent
-                taking = loop.run_in_executor(threads, _take, items)
+                taking = loop.run_in_executor(threads, copy_context().run, _take, items)
                 either: set[asyncio.Future[Any]] = {taking, stop}
                 while not taking.done() and not stop.done():
                     yield []
