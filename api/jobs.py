@@ -100,6 +100,15 @@ class Origin(Answer):
     step: int
 
 
+class Links(Answer):
+    """Pages about a job that show every tenant's: for operators."""
+
+    ray: str | None = None
+    """Of the present attempt, on Ray's dashboard."""
+    grafana: str | None = None
+    """The job's own dashboard."""
+
+
 class Job(Answer):
     id: str
     name: str
@@ -127,6 +136,8 @@ class Job(Answer):
     ended_at: datetime | None
     warnings: list[str] = Field(default_factory=list)
     """What the plan found worth saying at submission."""
+    links: Links | None = None
+    """Only for keys with the role `admin`, where it is configured where these pages are."""
 
 
 class ResumeRequest(BaseModel):

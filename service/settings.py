@@ -37,6 +37,10 @@ class Settings(BaseSettings):
     """File with Ray's authentication token."""
     bootstrap_key_path: Path | None = None
     """File with an API key that shall exist; only its hash is kept."""
+    ray_dashboard_url: str = ""
+    """Where operators find Ray's dashboard, for the links in answers about a job; unset, there are none."""
+    grafana_url: str = ""
+    """The same for Grafana."""
     worker_python: str = "python"
     """The interpreter in Ray's environment that has our workers installed."""
     max_body_bytes: int = 256 * 1024
@@ -83,6 +87,13 @@ class Settings(BaseSettings):
         if not value.startswith("s3://"):
             raise ValueError("set LOCKSTEP_STORAGE to s3://bucket/prefix")
         return value
+
+    @field_validator("ray_dashboard_url", "grafana_url")
+    @classmethod
+    def _pages_are_on_the_web(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError(f"a page's address begins with http:// or https://, and {value!r} does not")
+        return value.rstrip("/")
 
     @model_validator(mode="after")
     def _two_ports(self) -> "Settings":
