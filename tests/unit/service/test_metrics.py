@@ -263,6 +263,14 @@ def test_a_scrape_reads_an_index_and_not_the_jobs(service: Service) -> None:
     assert "USING COVERING INDEX jobs_in_figures" in plan
 
 
+def test_the_page_names_every_metric(service: Service) -> None:
+    page = (Path(__file__).parents[3] / "docs/monitoring.md").read_text()
+    families = text_string_to_metric_families(generate_latest(service.measures.registry).decode())
+    names = {f"{f.name}_total" if f.type == "counter" else f.name for f in families if not f.name.endswith("_created")}
+    assert len(names) > 15
+    assert [name for name in names if not name.startswith("process_") and f"`{name}`" not in page] == []
+
+
 def test_attempts_that_are_given_up_are_counted_by_reason(service: Service) -> None:
     lost = service.figures("lockstep_attempts_lost_total")
     assert ("worker_lost",) in lost
