@@ -22,6 +22,7 @@ from service.settings import Settings
 _about: ContextVar[Mapping[str, Any]] = ContextVar("about", default=MappingProxyType({}))
 _KEY = r"(?<![A-Za-z0-9])lk_[\w-]{8,}"
 """An API key of ours, whoever's it is."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SHORTEST = 8
 """Characters; a shorter secret would be found in words that are none."""
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN")
@@ -72,12 +73,17 @@ class Formatter(logging.Formatter):
 
 
 def _text(fields: dict[str, Any]) -> str:
+    """Return the line and, further in, the traceback. Words of others must not look like a line of ours."""
     *head, message = (fields.pop(key) for key in ("time", "level", "logger", "message"))
-    trace = fields.pop("exception", None)
+    trace = fields.pop("exception", "")
     ids = " ".join(f"{key}={value}" for key, value in fields.items())
-    # A message may hold words of others: a line of theirs must not look like one of ours.
-    line = f"{' '.join(head)} {message}  {ids}".rstrip().replace("\r", "\\r").replace("\n", "\\n")
-    return f"{line}\n{trace}" if trace else line
+    line = _visible(f"{' '.join(head)} {message}  {ids}".rstrip())
+    return "\n".join([line, *(f"    {_visible(text)}" for text in trace.split("\n") if text)])
+
+
+def _visible(text: str) -> str:
+    """Return a text as one line that does nothing to a terminal."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Redaction:

@@ -54,9 +54,22 @@ def test_a_line_of_text_ends_with_what_it_is_about(logger: logging.Logger) -> No
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_what_others_wrote_is_no_line_of_its_own(logger: logging.Logger, form: Literal["text", "json"]) -> None:
     logger.addHandler(lines := Lines(form))
-    with about(job="a\r\nb"):
-        logger.info("%s", "one\n2026-01-01T00:00:00.000Z INFO forged")
-    assert len(lines.written[0].splitlines()) == 1
+    with about(job="a\r\nb\u2028c"):
+        logger.info("%s", "one\n2026-01-01T00:00:00.000Z INFO forged\x1b[2J")
+    assert len(lines.written[0].split("\n")) == 1
+    assert "\x1b" not in lines.written[0]
+
+
+def test_a_traceback_stands_further_in_than_any_line(logger: logging.Logger) -> None:
+    logger.addHandler(lines := Lines("text"))
+    try:
+        raise ValueError("one\n2026-01-01T00:00:00.000Z INFO forged")
+    except ValueError:
+        logger.exception("it failed")
+    first, *rest = lines.written[0].split("\n")
+    assert first.endswith("it failed")
+    assert "    Traceback" in rest[0]
+    assert all(line.startswith("    ") for line in rest)
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
