@@ -89,6 +89,8 @@ class Progress(Answer):
     values: dict[str, float] = Field(default_factory=dict)
     """loss, learning_rate, tokens_per_second, …"""
     eta_seconds: float | None = None
+    at: datetime | None = None
+    """When the newest line was written."""
 
 
 class Origin(Answer):
@@ -96,6 +98,15 @@ class Origin(Answer):
 
     job_id: str
     step: int
+
+
+class Links(Answer):
+    """Pages about a job that show every tenant's: for operators."""
+
+    ray: str | None = None
+    """Of the present attempt, on Ray's dashboard."""
+    grafana: str | None = None
+    """The job's own dashboard."""
 
 
 class Job(Answer):
@@ -125,6 +136,8 @@ class Job(Answer):
     ended_at: datetime | None
     warnings: list[str] = Field(default_factory=list)
     """What the plan found worth saying at submission."""
+    links: Links | None = None
+    """Only for keys with the role `admin`, where it is configured where these pages are."""
 
 
 class ResumeRequest(BaseModel):

@@ -126,6 +126,9 @@ def job_detail(job: Job, now: datetime) -> Panel:
     for label, at in (("Submitted", job.created_at), ("Started", job.started_at), ("Ended", job.ended_at)):
         if at is not None:
             grid.add_row(label, Text.assemble(_when(at), (f"  {_ago(at, now)}", "dim")))
+    for label, url in (("Ray", job.links.ray), ("Grafana", job.links.grafana)) if job.links is not None else ():
+        if url is not None:
+            grid.add_row(label, _text(url))
     for warning in job.warnings:
         grid.add_row("Warning", _text(warning, "yellow"))
     body: list[RenderableType] = [grid]

@@ -1,6 +1,5 @@
 """The application: wiring only."""
 
-import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
@@ -17,13 +16,14 @@ from service.database import make_engine, migrate
 from service.guard import ANY_HOST, SafeHeaders, TrustedHosts, hosts_for
 from service.jobs import Jobs
 from service.leases import Leases
-from service.metrics import Measures, Watched
+from service.metrics import Measures
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
 from service.retention import Retention
 from service.settings import Settings
 from service.sse import Streams
 from service.store import Store
+from service.watched import Watched
 
 DESCRIPTION = """
 Submit a job; it trains data-parallel on Ray, reads token shards from your bucket and writes verified checkpoints back.
@@ -34,8 +34,6 @@ Send your API key as `Authorization: Bearer <key>`. Every error is `application/
 
 def create_app(settings: Settings) -> FastAPI:
     """Return the control plane, its database migrated and its reconciler started with the server."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each look at Ray says nothing
     migrate(settings.database_url)
     engine = make_engine(settings.database_url)
     store = Store(engine)
@@ -45,8 +43,8 @@ def create_app(settings: Settings) -> FastAPI:
     ray = RayBackend(settings.ray_address, settings.ray_token_path, settings.request_timeout)
     measures = Measures(store, lambda: health.look_at(health.checks_of(app.state)))
     leases = Leases(engine, settings.lease_seconds)
-    reconciler = Reconciler(store, bucket, ray, settings, leases, measures.note_pass)
-    loops = (reconciler.loop, Retention(store, bucket, settings, leases).loop)
+    reconciler = Reconciler(store, bucket, ray, settings, leases, measures.reconciled.note, measures.note_lost)
+    loops = (reconciler.loop, Retention(store, bucket, settings, leases, measures.retained.note).loop)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -65,8 +63,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.store, app.state.bucket, app.state.ray = store, bucket, ray
     app.state.jobs = Jobs(store, bucket, ray, settings)
     app.state.measures = measures
-    app.add_middleware(Watched, measures=measures)
     app.state.streams = Streams(settings.live_interval, settings.live_keep_alive, settings.live_streams)
+    measures.watch_streams(app.state.streams)
+    app.add_middleware(Watched, measures=measures)
     return app
 
 

@@ -61,6 +61,7 @@ def serve(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Bring the database up to the bucket first.")] = False,
 ) -> None:
     """Run the control plane alone; LOCKSTEP_ variables configure it."""
+    from service import logs
     from service.app import create_app
     from service.in_use import serving
     from service.metrics import MetricsPortBusy
@@ -68,6 +69,7 @@ def serve(
     from service.settings import Settings
 
     settings = Settings()
+    logs.configure(settings, os.environ)
     if rebuild:
         _show(_rebuild())  # what is damaged is named in the log, and keeps nobody else waiting
     with _told(), serving(settings.database_url):

@@ -45,6 +45,7 @@ from service.auth import Principal
 from service.export import PIN, File, find_checkpoint, held, no_checkpoint, open_file
 from service.forks import find_origin, fork_faults, retry_spec
 from service.line import WAITING, line_order, queue_entry
+from service.links import links
 from service.live import EventFeed, Feed, LogFeed, MetricFeed
 from service.plan import plan_prepare, plan_train
 from service.ray_backend import RayBackend, RayUnreachable
@@ -86,13 +87,13 @@ class Jobs:
         return self._accept(who, spec, record)
 
     def get(self, who: Principal, job_id: str) -> Job:
-        return answer(self._row(who, job_id))
+        return self._answer(who, self._row(who, job_id))
 
     def page(self, who: Principal, only: JobFilter, limit: int, cursor: str | None) -> Page[Job]:
         """Return jobs, newest first; the cursor is the last id of the page, so new jobs do not move it."""
         rows = self._store.page(who.project, only, limit=limit + 1, before=cursor)
         more = rows[limit - 1].id if len(rows) > limit else None
-        return Page(items=[answer(row) for row in rows[:limit]], next_cursor=more)
+        return Page(items=[self._answer(who, row) for row in rows[:limit]], next_cursor=more)
 
     def cancel(self, who: Principal, job_id: str, keep_checkpoint: bool = False) -> Job:
         """Ask a job to stop; asking again is harmless. Conflict if it has ended otherwise."""
@@ -239,6 +240,9 @@ class Jobs:
         """Return the log lines after a cursor; InvalidSpec if it is not one of ours."""
         layout, _ = self._history(who, job_id)
         return LogFeed(partial(self._row, who, job_id), LogReader(self._bucket, layout, rank, cursor))
+
+    def _answer(self, who: Principal, row: JobRow) -> Job:
+        return answer(row).model_copy(update={"links": links(who, row, self._settings)})
 
     def _row(self, who: Principal, job_id: str) -> JobRow:
         row = self._store.get(job_id, who.project)

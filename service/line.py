@@ -9,6 +9,7 @@ from api.jobs import JobState, QueueEntry
 from api.spec import PrepareSpec, TrainSpec
 from service.admission import Node, bundles, needs, with_addable
 from service.lifecycle import Turn
+from service.logs import about
 from service.rows import JobRow
 from service.schedule import Claim, Schedule, SchedulePolicy, schedule
 from service.settings import Settings
@@ -50,7 +51,8 @@ def claim(job: JobRow) -> Claim | None:
     try:
         spec = job.parsed_spec
     except ValueError as error:  # one job that this version cannot read must not stop the others
-        logger.error("job %s: its spec cannot be read: %s", job.id, error)
+        with about(job=job.id):
+            logger.error("its spec cannot be read: %s", error)
         return None
     waits = state in WAITING
     return Claim(

@@ -1,8 +1,8 @@
 """The control plane's own figures for Prometheus, on a port of their own.
 
-Each application has a registry of its own. What the database knows (jobs by state) is read from it at each scrape, so
-it is true also after a restart; only what happens in this process (requests, passes) is counted here. No label takes a
-value that a caller chooses: a path that no route knows counts as none.
+Each application has a registry of its own. What the database knows is looked up at each scrape (service/lookups.py);
+only what happens in this process (requests, passes, streams) is counted here, so of several replicas these are to be
+added up. No label takes a value that a caller chooses: a path that no route knows counts as none.
 """
 
 import time
@@ -10,18 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
-from sqlalchemy.exc import SQLAlchemyError
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.documents import now
 from api.errors import LockstepError
-from api.jobs import Check, JobState
+from api.jobs import Check, Reason
+from service.lookups import Lookups
+from service.reasons import REASONS
+from service.sse import Streams
 from service.store import Store
 
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_UNKNOWN = "unknown"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+UNKNOWN = "unknown"
+Clock = Callable[[], float]
 _PASS_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
@@ -40,27 +39,28 @@ class Measures:
             ("method", "route"),
             registry=self.registry,
         )
-        self._pass_seconds = Histogram(
-            "lockstep_reconcile_seconds",
-            "Time of one pass of the reconciler over all live jobs",
-            buckets=_PASS_SECONDS,
-            registry=self.registry,
-        )
-        self._passed_at = Gauge(
-            "lockstep_reconcile_timestamp_seconds", "When the newest complete pass ended", registry=self.registry
-        )
-        self.registry.register(_Lookups(store, dependencies))
+        self._lost = Counter("lockstep_attempts_lost", "Attempts given up", ("reason",), registry=self.registry)
+        for reason, meaning in REASONS.items():
+            if meaning.retryable:
+                self._lost.labels(reason.value)  # from the first scrape on: a rate needs a beginning
+        self.reconciled = Passes("reconcile", "of the reconciler over all live jobs", self.registry)
+        self.retained = Passes("retention", "of retention over all jobs whose checkpoints it looks at", self.registry)
+        self.registry.register(Lookups(store, dependencies))
         ProcessCollector(registry=self.registry)
 
     def note_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        method = method if method in _METHODS else _UNKNOWN
+        method = method if method in METHODS else UNKNOWN
         self._requests.labels(method, route, str(status)).inc()
         self._request_seconds.labels(method, route).observe(seconds)
 
-    def note_pass(self, seconds: float) -> None:
-        """Count a complete pass of the reconciler. One that an error ends is none, so the lag shows it."""
-        self._pass_seconds.observe(seconds)
-        self._passed_at.set_to_current_time()
+    def note_lost(self, reason: Reason) -> None:
+        """Count an attempt that is given up; another one follows."""
+        self._lost.labels(reason.value).inc()
+
+    def watch_streams(self, streams: Streams) -> None:
+        """Tell at each scrape how many live streams are open."""
+        Gauge("lockstep_streams_open", "Live streams", registry=self.registry).set_function(lambda: streams.open)
+        Gauge("lockstep_streams_limit", "Most of them at once", registry=self.registry).set(streams.limit)
 
     @contextmanager
     def served(self, host: str, port: int) -> Iterator[None]:
@@ -79,60 +79,22 @@ class Measures:
             thread.join()
 
 
+class Passes:
+    """The passes of a loop that goes on for ever: how long they take, and when one was last complete."""
+
+    def __init__(self, name: str, what: str, registry: CollectorRegistry, clock: Clock = time.monotonic) -> None:
+        self._clock, self._ended = clock, clock()
+        self._seconds = Histogram(
+            f"lockstep_{name}_seconds", f"Time of one pass {what}", buckets=_PASS_SECONDS, registry=registry
+        )
+        lag = Gauge(f"lockstep_{name}_lag_seconds", f"Since the end of the newest pass {what}", registry=registry)
+        lag.set_function(lambda: clock() - self._ended)
+
+    def note(self, seconds: float) -> None:
+        """Count a complete pass. One that an error ends is none, so the lag shows it."""
+        self._seconds.observe(seconds)
+        self._ended = self._clock()
+
+
 class MetricsPortBusy(LockstepError):
     """The port for metrics is taken, or not ours to take."""
-
-
-class _Lookups(Collector):
-    """What each scrape asks the database and the dependencies."""
-
-    def __init__(self, store: Store, dependencies: Callable[[], Mapping[str, Check]]) -> None:
-        self._store, self._dependencies = store, dependencies
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        yield from self._jobs()
-        up = GaugeMetricFamily("lockstep_dependency_up", "Whether it answers now", labels=["dependency"])
-        seconds = GaugeMetricFamily("lockstep_dependency_seconds", "Time of its answer", labels=["dependency"])
-        for name, check in self._dependencies().items():
-            up.add_metric([name], float(check.status == "ok"))
-            seconds.add_metric([name], check.milliseconds / 1e3)
-        yield from (up, seconds)
-
-    def _jobs(self) -> Iterator[GaugeMetricFamily]:
-        """Nothing while the database does not answer: no figure is better than an old one."""
-        try:
-            found = self._store.counts()
-        except SQLAlchemyError:
-            return
-        counts = GaugeMetricFamily("lockstep_jobs", "Jobs that are not deleted", labels=["state"])
-        for state in JobState:
-            counts.add_metric([state.value], found.get(state, (0, None))[0])
-        yield counts
-        _, oldest = found.get(JobState.QUEUED, (0, None))
-        yield GaugeMetricFamily(
-            "lockstep_queue_oldest_seconds",
-            "Age of the job that has been queued for longest; 0 if none is",
-            value=(now() - oldest).total_seconds() if oldest is not None else 0.0,
-        )
-
-
-class Watched:
-    """The layer around the application that notes each request by its route's template, method and status."""
-
-    def __init__(self, app: ASGIApp, measures: Measures) -> None:
-        self._app, self._measures = app, measures
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began = time.perf_counter()
-
-        async def noting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", _UNKNOWN)
-                seconds = time.perf_counter() - began
-                self._measures.note_request(scope["method"], route, message["status"], seconds)
-            await send(message)
-
-        await self._app(scope, receive, noting)

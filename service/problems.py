@@ -1,6 +1,7 @@
 """Every error becomes application/problem+json (RFC 9457) with a request id; no traceback leaves the house."""
 
 import logging
+import re
 import secrets
 from typing import Any
 
@@ -25,11 +26,13 @@ from api.errors import (
     Unavailable,
     faults_of,
 )
+from service.logs import about
 
 logger = logging.getLogger("lockstep.service")
 
 MEDIA_TYPE = "application/problem+json"
 _SENTENCES = {404: "there is nothing at this path; see /docs", 405: "this path knows no such method; see /docs"}
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _BY_STATUS = {kind.status: kind for kind in (BadRequest, NotFound, MethodNotAllowed, TooLarge)}
 
 
@@ -109,9 +112,15 @@ def request_id(scope: Scope) -> str:
     return str(scope.get("state", {}).get("request_id", ""))
 
 
+def _given_id(scope: Scope) -> str | None:
+    """Return the id that a proxy or the caller gave the request, if it is one that can stand in a log."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else None
+
+
 class Edge:
-    """The outermost layer: gives each request an id, cuts off a body that grows beyond the limit as it arrives, and
-    answers for what nobody expected."""
+    """The outermost layer: gives each request an id if it has none, cuts off a body that grows beyond the limit as it
+    arrives, and answers for what nobody expected."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app, self._limit = app, max_body_bytes
@@ -120,7 +129,7 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = secrets.token_hex(8)
+        request = _given_id(scope) or secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request
         started = False
 
@@ -131,16 +140,17 @@ class Edge:
                 message["headers"] = [*message["headers"], (b"x-request-id", request.encode())]
             await send(message)
 
-        try:
-            await self._app(scope, self._bounded(scope, receive), send_with_id)
-        except _BodyTooLarge:
-            if not started:
-                error = TooLarge(f"the body is larger than {self._limit} bytes")
-                await answer(error, request)(scope, receive, send_with_id)
-        except Exception as error:
-            if started:
-                raise
-            await answer(_from_bug(error), request)(scope, receive, send_with_id)
+        with about(request=request):
+            try:
+                await self._app(scope, self._bounded(scope, receive), send_with_id)
+            except _BodyTooLarge:
+                if not started:
+                    error = TooLarge(f"the body is larger than {self._limit} bytes")
+                    await answer(error, request)(scope, receive, send_with_id)
+            except Exception as error:
+                if started:
+                    raise
+                await answer(_from_bug(error), request)(scope, receive, send_with_id)
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")

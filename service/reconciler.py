@@ -7,7 +7,7 @@ takes it once, and every change of state is one guarded update. Nothing is remem
 import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -45,8 +45,9 @@ from service.lifecycle import (
     decide,
 )
 from service.line import lasting, take_turns
+from service.logs import about
 from service.observer import ClusterView, observe, observe_cluster
-from service.periodic import Periodic
+from service.periodic import NotePass, Periodic, nobody
 from service.progress import read_progress
 from service.ray_backend import RayBackend, RayUnreachable
 from service.reasons import REASONS, Policy
@@ -70,12 +71,14 @@ class Reconciler:
         ray: RayBackend,
         settings: Settings,
         leases: Leases,
-        note_pass: Callable[[float], None] = lambda seconds: None,
+        note_pass: NotePass = nobody,
+        note_lost: Callable[[Reason], None] = lambda reason: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`note_pass` hears of each complete pass how long it took; `clock` gives monotonic seconds."""
+        """`note_pass` hears of each complete pass, `note_lost` of each attempt that is given up; `clock` gives
+        monotonic seconds."""
         self._store, self._bucket, self._ray, self._settings, self._leases = store, bucket, ray, settings, leases
-        self._note_pass, self._clock = note_pass, clock
+        self._note_lost, self._clock = note_lost, clock
         self._standstill = Standstill(settings.start_deadline)
         self._stranded: dict[str, datetime] = {}
         self._policy = Policy(
@@ -85,13 +88,7 @@ class Reconciler:
             retry_backoff=settings.retry_backoff,
             backoff_limit=settings.backoff_limit,
         )
-        self.loop = Periodic("reconciler", self._pass, settings.reconcile_interval)
-
-    def _pass(self) -> None:
-        began = perf_counter()
-        self.reconcile_all()
-        if not self.loop.stopping:
-            self._note_pass(perf_counter() - began)
+        self.loop = Periodic("reconciler", self.reconcile_all, settings.reconcile_interval, note_pass)
 
     def reconcile_all(self) -> None:
         """One pass over every live job, oldest first, and over what deleted jobs left.
@@ -112,18 +109,20 @@ class Reconciler:
                     self._reconcile_safely(job, cluster, turns.get(job.id, Turn()))
         for job in deleted:
             if job.id in ours:
-                self._purge(job)
+                with about(job=job.id):
+                    self._purge(job)
 
     def _reconcile_safely(self, job: JobRow, cluster: ClusterView, turn: Turn) -> None:
         """One job's trouble must not stop the others."""
-        try:
-            self.reconcile(job, cluster, turn)
-        except SQLAlchemyError:
-            raise
-        except (LockstepError, ValueError) as error:
-            logger.warning("job %s attempt %d: %s", job.id, job.attempt, error)
-        except Exception:
-            logger.exception("job %s attempt %d: a bug; the next pass tries again", job.id, job.attempt)
+        with about(job=job.id, attempt=job.attempt):
+            try:
+                self.reconcile(job, cluster, turn)
+            except SQLAlchemyError:
+                raise
+            except (LockstepError, ValueError) as error:
+                logger.warning("%s", error)
+            except Exception:
+                logger.exception("a bug; the next pass tries again")
 
     def reconcile(self, job: JobRow, cluster: ClusterView, turn: Turn) -> None:
         """Observe, decide, act, apply."""
@@ -231,7 +230,8 @@ class Reconciler:
             "stop_reason": None,
         }
         data = {"reason": lost.reason, "attempt": job.attempt}
-        self._enter(job, JobState.RECOVERING, lost.message, changes, data=data)
+        if self._enter(job, JobState.RECOVERING, lost.message, changes, data=data) is not None:
+            self._note_lost(lost.reason)
 
     def _finish(self, job: JobRow, seen: Observation, state: JobState, reason: Reason, message: str) -> None:
         """Record the end, and with it where the history ends: the newest segment of the present attempt."""
@@ -280,7 +280,8 @@ class Reconciler:
         everything = {"conditions": [], **changes, "state": state.value, "state_since": now(), "message": message}
         applied = self._store.apply(job, everything, [NewEvent("state", message, state, data or {})])
         if applied is not None:
-            logger.info("job %s attempt %d: %s, %s", job.id, applied.attempt, state, message)
+            with about(attempt=applied.attempt, state=state.value):
+                logger.info("%s", message)
         return applied
 
     def _note_progress(self, job: JobRow) -> JobRow:
@@ -290,7 +291,7 @@ class Reconciler:
         except StorageError:
             return job
         except ValueError as error:  # a damaged stream is no reason to leave the job alone
-            logger.warning("job %s: its stream cannot be read: %s", job.id, error)
+            logger.warning("its stream cannot be read: %s", error)
             return job
         return (self._store.apply(job, changes, events) or job) if changes else job
 
@@ -303,7 +304,7 @@ class Reconciler:
             self._bucket.delete([layout.job])  # first: without it no rebuild brings back a half of the job
             self._bucket.delete([item.key for item in self._bucket.objects(layout.prefix)])
         except StorageError as error:
-            logger.warning("job %s: its objects cannot be deleted now: %s", job.id, error)
+            logger.warning("its objects cannot be deleted now: %s", error)
             return
         self._store.apply(job, {"purged_at": now()})
 

@@ -23,7 +23,8 @@ from api.manifest import read_manifest
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
 from service.leases import Leases
-from service.periodic import Periodic
+from service.logs import about
+from service.periodic import NotePass, Periodic, nobody
 from service.rows import JobRow, Mark, NewEvent
 from service.settings import Settings
 from service.store import Store
@@ -173,12 +174,14 @@ class _Memory:
 class Retention:
     """Looks at the checkpoints of every training job, once in each interval, until it has ended and is in order."""
 
-    def __init__(self, store: Store, bucket: Bucket, settings: Settings, leases: Leases) -> None:
+    def __init__(
+        self, store: Store, bucket: Bucket, settings: Settings, leases: Leases, note_pass: NotePass = nobody
+    ) -> None:
         self._store, self._bucket, self._leases = store, bucket, leases
         self._grace = timedelta(seconds=settings.retention_grace)
         self._memory: dict[str, _Memory] = {}
         # In a thread of its own: it lists a lot, and no wish to stop shall wait for that.
-        self.loop = Periodic("retention", lambda: self.run(present()), settings.retention_interval)
+        self.loop = Periodic("retention", lambda: self.run(present()), settings.retention_interval, note_pass)
 
     def run(self, now: datetime) -> None:
         """One pass. The trouble of one job stops no other; a bucket that does not answer stops all."""
@@ -189,17 +192,18 @@ class Retention:
         for job in jobs:
             if self.loop.stopping:
                 return
-            try:
-                self._retain(job, now)
-            except SQLAlchemyError:
-                raise
-            except (StorageUnavailable, StorageDenied) as error:
-                logger.warning("no checkpoint is deleted for now: %s", error)
-                return
-            except (LockstepError, ValueError) as error:
-                logger.warning("job %s: its checkpoints are left as they are: %s", job.id, error)
-            except Exception:
-                logger.exception("job %s: its checkpoints are left as they are, for a bug", job.id)
+            with about(job=job.id):
+                try:
+                    self._retain(job, now)
+                except SQLAlchemyError:
+                    raise
+                except (StorageUnavailable, StorageDenied) as error:
+                    logger.warning("no checkpoint is deleted for now: %s", error)
+                    return
+                except (LockstepError, ValueError) as error:
+                    logger.warning("its checkpoints are left as they are: %s", error)
+                except Exception:
+                    logger.exception("its checkpoints are left as they are, for a bug")
 
     def _retain(self, job: JobRow, now: datetime) -> None:
         policy = policy_of(job.parsed_spec)

@@ -38,6 +38,8 @@ class JobRow:
     """Of the job's own processes."""
     setbacks: int = 0
     """Attempts lost in a row, none of which ran for long."""
+    lost_seconds: float = 0.0
+    """What its restarts have cost so far (service/progress.py)."""
     workers: int | None = None
     """World size of the present attempt."""
     workers_wanted: int | None = None
@@ -67,6 +69,21 @@ class JobRow:
     @property
     def parsed_spec(self) -> TrainSpec | PrepareSpec:
         return job_spec_adapter.validate_python(self.spec)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the jobs of one state and reason come to."""
+
+    state: JobState
+    reason: str | None
+    deleted: bool
+    jobs: int
+    attempts: int
+    """Begun by all of them so far."""
+    lost_seconds: float
+    oldest: datetime
+    """When the first of them joined the line."""
 
 
 @dataclass(frozen=True)

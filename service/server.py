@@ -20,17 +20,18 @@ class Server(uvicorn.Server):
     """Serves the application until SIGINT or SIGTERM. Left alone, uvicorn would wait for the end of every stream."""
 
     def __init__(self, app: FastAPI, settings: Settings, **options: Any) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                host=settings.host,
-                port=settings.port,
-                limit_concurrency=settings.connections + 1,  # uvicorn refuses the one that reaches it
-                timeout_graceful_shutdown=_GRACE_SECONDS,
-                ws="none",
-                **options,
-            )
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            limit_concurrency=settings.connections + 1,  # uvicorn refuses the one that reaches it
+            timeout_graceful_shutdown=_GRACE_SECONDS,
+            ws="none",
+            log_config=None,  # its lines go the way of ours
+            access_log=False,  # the application writes one for each request
+            **options,
         )
+        super().__init__(config)
         self._streams: Streams = app.state.streams
         self._measures: Measures = app.state.measures
         self._metrics_port, self._scrapes = settings.metrics_port, ExitStack()

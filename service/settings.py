@@ -53,6 +53,10 @@ class Settings(BaseSettings):
     """File with Ray's authentication token."""
     bootstrap_key_path: Path | None = None
     """File with an API key that shall exist; only its hash is kept."""
+    ray_dashboard_url: str = ""
+    """Where operators find Ray's dashboard, for the links in answers about a job; unset, there are none."""
+    grafana_url: str = ""
+    """The same for Grafana."""
     worker_python: str = "python"
     """The interpreter in Ray's environment that has our workers installed."""
     max_body_bytes: int = 256 * 1024
@@ -88,6 +92,8 @@ class Settings(BaseSettings):
     """Between two looks at the checkpoints of a training job."""
     retention_grace: float = 900.0
     """From when nobody seems to need a checkpoint to its deletion; longer than `start_deadline`."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the log on stderr: lines for people, or an object of JSON in each line."""
     failpoint: str = ""
     """For tests: the name of a place in the reconciler where the process kills itself."""
 
@@ -133,6 +139,13 @@ class Settings(BaseSettings):
         if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
             raise ValueError("set LOCKSTEP_DATABASE_URL to sqlite:///file or postgresql://user@host/database")
         return value
+
+    @field_validator("ray_dashboard_url", "grafana_url")
+    @classmethod
+    def _pages_are_on_the_web(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError(f"a page's address begins with http:// or https://, and {value!r} does not")
+        return value.rstrip("/")
 
     @model_validator(mode="after")
     def _two_ports(self) -> "Settings":

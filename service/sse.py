@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import copy_context
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -78,12 +79,17 @@ class Streams:
     """
 
     def __init__(self, interval: float, keep_alive: float, limit: int = 200) -> None:
-        self._interval, self._keep_alive, self._limit = interval, keep_alive, limit
+        self._interval, self._keep_alive, self.limit = interval, keep_alive, limit
         # Two pools: looks that hang on the bucket must not hold up those that need only the database.
         self._on_bucket = ThreadPoolExecutor(_BUCKET_THREADS, thread_name_prefix="stream")
         self._on_database = ThreadPoolExecutor(_DATABASE_THREADS, thread_name_prefix="stream-database")
         self._open: set[Stop] = set()
         self._closed = False
+
+    @property
+    def open(self) -> int:
+        """How many there are now."""
+        return len(self._open)
 
     def close(self) -> None:
         """End every stream, and open no more. To be called in the event loop of the server."""
@@ -106,9 +112,9 @@ class Streams:
     @contextmanager
     def _place(self) -> Iterator[Stop]:
         """Count as an open stream, in the event loop; Unavailable if there are too many."""
-        if len(self._open) >= self._limit:
+        if len(self._open) >= self.limit:
             raise Unavailable(
-                f"the most live streams that this server opens at once, {self._limit}, are open; "
+                f"the most live streams that this server opens at once, {self.limit}, are open; "
                 "close one, or read the lists"
             )
         stop: Stop = asyncio.get_running_loop().create_future()
@@ -149,7 +155,7 @@ class Streams:
         while not stop.done():
             items, more = _look(feed, check), True
             while more and not stop.done():  # the server may stop while a batch is sent
-                taking = loop.run_in_executor(threads, _take, items)
+                taking = loop.run_in_executor(threads, copy_context().run, _take, items)
                 either: set[asyncio.Future[Any]] = {taking, stop}
                 while not taking.done() and not stop.done():
                     yield []

@@ -25,6 +25,7 @@ _RESTART = "LOCKSTEP_RESTART"
 _GAUGES = {
     "step": "Optimizer steps done",
     "loss": "Mean training loss since the metric line before, in nats per token",
+    "eval_loss": "Mean loss on the eval split at the newest evaluation, in nats per token",
     "tokens_per_second": "Tokens trained per second, over all workers",
     "utilisation": "Model FLOP/s as a fraction of the peak measured at the start, over all workers",
     "data_wait": "Fraction of the time that training waited for data",

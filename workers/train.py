@@ -177,6 +177,11 @@ def log(run: Run, rate: float, norm: float) -> None:
     values = run.meter.line(trained, trained * tokens, run.batches.waited, run.writer.stalled)
     run.logged_step = run.step
     line = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **values}
+    note(run, line)
+
+
+def note(run: Run, line: dict[str, float]) -> None:
+    """Write a metric line of the present step, and show it to whoever watches live."""
     run.segment.journal.metrics(run.step, line)
     if run.session.leads:
         run.session.show({"step": run.step, **line})
@@ -199,7 +204,7 @@ def evaluate_now(run: Run) -> None:
         raise Halt("failed", Reason.NON_FINITE_LOSS, f"the eval loss of step {run.step} is not finite ({loss})")
     run.owes_evaluation = False
     run.evaluation = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-    run.segment.journal.metrics(run.step, run.evaluation)
+    note(run, run.evaluation)
     run.segment.journal.event(run.step, "evaluation", f"step {run.step}: eval loss {loss:.4f}", **run.evaluation)
 
 

@@ -56,7 +56,13 @@ def test_rank_0_shows_each_metric_line_as_it_is_written(bucket: Bucket, storage:
     make_dataset(bucket, settings)
     first, second = run_ranks(2, tmp_path / "ranks", shown_by_a_rank, storage, replace(settings, peak_seconds=0.05))
     (segment,) = segment_names(bucket, train_job("shown"))
-    written = [line for line in segment_lines(bucket, train_job("shown"), segment) if "loss" in line.values]
+    written = [line for line in segment_lines(bucket, train_job("shown"), segment) if line.type == "metrics"]
     assert first == [{"step": line.step, **line.values} for line in written]
-    assert [line["step"] for line in first] == [3, 6, 7]
+    assert [(line["step"], "eval_loss" in line) for line in first] == [
+        (3, False),
+        (4, True),
+        (6, False),
+        (7, False),
+        (7, True),
+    ]
     assert second == []

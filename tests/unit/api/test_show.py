@@ -260,6 +260,14 @@ def test_metrics_show_the_usual_keys_that_are_there_and_gaps_as_nothing() -> Non
     assert first.split() == ["10", "1.0000"]
 
 
+def test_the_pages_of_operators_are_shown_to_who_is_told_of_them() -> None:
+    links = {"ray": "https://ray.example/#/jobs/x-1", "grafana": None}
+    text = printed(show.job_detail(job(links=links), NOW))
+    assert re.search(r"Ray +https://ray\.example/#/jobs/x-1", text)
+    assert "Grafana" not in text
+    assert "Ray" not in printed(show.job_detail(job(), NOW))
+
+
 def test_the_detail_says_state_reason_message_condition_and_times() -> None:
     condition = {"type": "ray_unreachable", "message": "Ray does not answer.", "since": NOW}
     text = printed(show.job_detail(job(state="failed", reason="out_of_memory", conditions=[condition]), NOW))

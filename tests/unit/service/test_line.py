@@ -17,6 +17,7 @@ from service.rows import JobRow
 from service.schedule import Claim, _line_order
 from service.settings import NodeGroup
 from tests.fakes import T0, job_id, prepare_spec, row, settings_for, train_spec
+from tests.lines import Lines
 
 NODES = [Node("n", {"CPU": 8.0})]
 FLEXIBLE = train_spec(
@@ -90,11 +91,12 @@ def test_rows_of_before_have_been_in_the_line_since_they_were_created() -> None:
     assert line_order(job("queued", queued_at=None))[2] == T0
 
 
-def test_a_spec_that_cannot_be_read_stops_no_other_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spec_that_cannot_be_read_stops_no_other_job(tmp_path: Path, lines: Lines) -> None:
     broken = dataclasses.replace(row(1), spec={"name": 5})
     turns = take_turns([broken, row(2)], NODES, settings_for(tmp_path), T0)
     assert turns == {job_id(2): Turn(workers=1)}
-    assert f"job {job_id(1)}: its spec cannot be read" in caplog.text
+    assert lines.objects[0]["job"] == job_id(1)
+    assert "its spec cannot be read" in lines.objects[0]["message"]
 
 
 def test_each_job_is_told_its_turn(tmp_path: Path) -> None:

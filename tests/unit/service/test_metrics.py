@@ -1,7 +1,6 @@
 """What Prometheus gets from the control plane: true of the database, and bounded whatever callers send."""
 
 import asyncio
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy.exc import OperationalError
 
@@ -20,10 +20,12 @@ from api.documents import now
 from api.jobs import JobState
 from service import app as app_module
 from service.auth import create_key
-from service.metrics import Measures, MetricsPortBusy
+from service.metrics import Measures, MetricsPortBusy, Passes
 from service.processes import is_free
 from service.reconciler import Reconciler
+from service.retention import Retention
 from service.server import Server
+from service.sse import Streams
 from service.store import Store
 from tests.fakes import ACCEPTED, FakeRay, MemoryBucket, job_id, new_store, row, settings_for
 from tests.servers import free_port
@@ -39,6 +41,7 @@ class Service:
         patch.setattr(app_module, "Bucket", lambda *_: self.bucket)
         patch.setattr(app_module, "RayBackend", lambda *_: self.ray.backend())
         patch.setattr(app_module, "Reconciler", self._reconciler)
+        patch.setattr(app_module, "Retention", self._retention)
         new_store(folder)._engine.dispose()
         self.app: FastAPI = app_module.create_app(settings_for(folder))
         self.store: Store = self.app.state.store
@@ -48,6 +51,10 @@ class Service:
     def _reconciler(self, *arguments: Any) -> Reconciler:
         self.reconciler = Reconciler(*arguments)
         return self.reconciler
+
+    def _retention(self, *arguments: Any) -> Retention:
+        self.retention = Retention(*arguments)
+        return self.retention
 
     @property
     def measures(self) -> Measures:
@@ -167,22 +174,124 @@ def test_a_pass_of_the_reconciler_is_counted_when_it_is_complete(
 ) -> None:
     def run_once(then: Callable[[], object]) -> float:
         """Let the reconciler make one pass; return how many have been counted."""
-        monkeypatch.setattr(service.reconciler, "reconcile_all", then)
+        monkeypatch.setattr(service.reconciler.loop, "_call", then)
         with suppress(OperationalError):
-            service.reconciler._pass()
+            service.reconciler.loop.run_once()
         return service.figure("lockstep_reconcile_seconds_count")
 
     def fail() -> None:
         raise OperationalError("select", {}, Exception("gone"))
 
-    assert run_once(fail) == service.figure("lockstep_reconcile_timestamp_seconds") == 0
-    before = time.time()
+    assert run_once(fail) == 0
     assert run_once(lambda: None) == 1
-    passed_at = service.figure("lockstep_reconcile_timestamp_seconds")
-    assert before <= passed_at <= time.time()
     assert run_once(fail) == 1
     assert run_once(service.reconciler.loop.stop) == 1  # what a stop has cut short is not complete
-    assert service.figure("lockstep_reconcile_timestamp_seconds") == passed_at
+
+
+def test_the_lag_of_a_loop_rises_until_a_pass_ends() -> None:
+    time, registry = [100.0], CollectorRegistry()
+    passes = Passes("looking", "over all", registry, clock=lambda: time[0])
+
+    def lag(later: float) -> float | None:
+        time[0] += later
+        return registry.get_sample_value("lockstep_looking_lag_seconds")
+
+    assert lag(7) == 7, "since the process began"
+    passes.note(0.5)
+    assert (lag(0), lag(3), lag(60)) == (0, 3, 63)
+
+
+def test_the_passes_of_both_loops_are_counted(service: Service) -> None:
+    for name in ("reconcile", "retention"):
+        assert service.figure(f"lockstep_{name}_seconds_count") == 0
+        assert 0 <= service.figure(f"lockstep_{name}_lag_seconds") < 60
+    service.retention.loop.run_once()
+    assert service.figure("lockstep_retention_seconds_count") == 1
+    assert service.figure("lockstep_reconcile_seconds_count") == 0
+
+
+def test_ended_jobs_are_counted_by_state_and_reason_and_stay_counted_when_they_are_deleted(service: Service) -> None:
+    ends = service.figures("lockstep_jobs_ended_total")
+    assert set(ends.values()) == {0}
+    assert {("completed", "succeeded"), ("user_cancelled", "cancelled"), ("out_of_memory", "failed")} <= ends.keys()
+    assert not any("hung" in pair or "user_paused" in pair for pair in ends), "what ends no job"
+    fates = (("failed", "out_of_memory"), ("failed", "out_of_memory"), ("succeeded", "completed"), ("running", None))
+    for number, (state, reason) in enumerate(fates):
+        service.store.insert(row(number, state=state, reason=reason), ACCEPTED, None)
+    service.client.delete(f"/v1/jobs/{job_id(0)}").raise_for_status()
+    ends = service.figures("lockstep_jobs_ended_total")
+    assert {pair: count for pair, count in ends.items() if count} == {
+        ("out_of_memory", "failed"): 2,
+        ("completed", "succeeded"): 1,
+    }
+
+
+def test_attempts_and_the_time_that_restarts_cost_are_those_of_all_jobs_ever(service: Service) -> None:
+    assert service.figure("lockstep_attempts_total") == service.figure("lockstep_restart_lost_seconds_total") == 0
+    for number, (state, attempt, lost) in enumerate((("running", 3, 1.5), ("failed", 2, 40.0), ("queued", 0, 0.0))):
+        service.store.insert(row(number, state=state, attempt=attempt, lost_seconds=lost), ACCEPTED, None)
+    service.client.delete(f"/v1/jobs/{job_id(1)}").raise_for_status()
+    assert service.figure("lockstep_attempts_total") == 5
+    assert service.figure("lockstep_restart_lost_seconds_total") == 41.5
+
+
+def test_what_is_the_same_on_every_replica_says_so(service: Service) -> None:
+    families = text_string_to_metric_families(generate_latest(service.measures.registry).decode())
+    shared = {family.name for family in families if "take max(), not sum()" in family.documentation}
+    assert shared == {
+        "lockstep_jobs",
+        "lockstep_jobs_ended",
+        "lockstep_queue_oldest_seconds",
+        "lockstep_attempts",
+        "lockstep_restart_lost_seconds",
+    }
+
+
+def test_a_scrape_reads_an_index_and_not_the_jobs(service: Service) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def note(*call: Any) -> None:
+        asked.append((call[2], call[3]))
+
+    engine = service.store._engine
+    sa.event.listen(engine, "before_cursor_execute", note)
+    service.store.tallies()
+    sa.event.remove(engine, "before_cursor_execute", note)
+    statement, parameters = asked[-1]  # after its BEGIN
+    with engine.begin() as connection:
+        plan = str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all())
+    assert "USING COVERING INDEX jobs_in_figures" in plan
+
+
+def test_the_page_names_every_metric(service: Service) -> None:
+    page = (Path(__file__).parents[3] / "docs/monitoring.md").read_text()
+    families = text_string_to_metric_families(generate_latest(service.measures.registry).decode())
+    names = {f"{f.name}_total" if f.type == "counter" else f.name for f in families if not f.name.endswith("_created")}
+    assert len(names) > 15
+    assert [name for name in names if not name.startswith("process_") and f"`{name}`" not in page] == []
+
+
+def test_attempts_that_are_given_up_are_counted_by_reason(service: Service) -> None:
+    lost = service.figures("lockstep_attempts_lost_total")
+    assert ("worker_lost",) in lost
+    assert ("completed",) not in lost
+    assert set(lost.values()) == {0}
+    service.store.insert(row(1, state="running", attempt=1, ray_session="gone"), ACCEPTED, None)
+    service.reconciler.reconcile_all()
+    assert service.store.live()[0].state == "recovering"
+    assert service.figure("lockstep_attempts_lost_total", "ray_lost") == 1
+
+
+def test_open_streams_are_counted_while_they_are_open(service: Service) -> None:
+    streams: Streams = service.app.state.streams
+
+    async def hold() -> float:
+        with streams._place():
+            return service.figure("lockstep_streams_open")
+
+    assert asyncio.run(hold()) == 1
+    assert service.figure("lockstep_streams_open") == 0
+    assert service.figure("lockstep_streams_limit") == streams.limit
 
 
 def test_each_application_counts_for_itself(make: Callable[[str], Service]) -> None:

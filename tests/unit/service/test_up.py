@@ -149,9 +149,10 @@ def test_the_s3_server_gets_its_keys_as_a_quoted_pair(plan: Plan) -> None:
 def test_the_users_own_keys_and_endpoints_reach_no_child(plan: Plan) -> None:
     own = {"AWS_SECRET_ACCESS_KEY": "s", "AWS_PROFILE": "work", "RCLONE_CONFIG": "c", "RAY_ADDRESS": "r"}
     own |= {"RAY_AUTH_TOKEN": "t", "LOCKSTEP_API_KEY": "k", "HOME": "/h", "RAY_memory_usage_threshold": "0.9"}
+    own |= {"RAY_PROMETHEUS_HOST": "http://p:9090", "RAY_GRAFANA_HOST": "http://g:3000"}  # for Ray's dashboard
     for environment in (stack.ray_environment(plan, own), stack.control_plane_environment(plan, own)):
         kept = {name for name, value in own.items() if environment.get(name) == value}
-        assert kept == {"HOME", "RAY_memory_usage_threshold"}
+        assert kept == {"HOME", "RAY_memory_usage_threshold", "RAY_PROMETHEUS_HOST", "RAY_GRAFANA_HOST"}
 
 
 def test_a_control_plane_that_rebuilds_its_database_first_is_given_time(plan: Plan) -> None:
