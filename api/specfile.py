@@ -51,7 +51,7 @@ class _SpecLoader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (LookupError, ValueError) as error:  # PyYAML leaves it at that for `!!bool maybe`
+        except (LookupError, ValueError, AttributeError) as error:  # as PyYAML has it for `!!bool maybe`
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
                 None, None, f"{str(node.value)[:60]!r} is no {kind}", node.start_mark
@@ -73,5 +73,3 @@ for _tag, _pattern, _first in (
 ):
     _SpecLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 _SpecLoader.add_constructor("tag:yaml.org,2002:int", _SpecLoader.construct_integer)
-for _tag in ("binary", "omap", "pairs", "set", "timestamp"):  # what JSON does not have
-    del _SpecLoader.yaml_constructors[f"tag:yaml.org,2002:{_tag}"]

@@ -223,7 +223,8 @@ def test_the_faults_of_a_spec_are_listed_by_path(spec_file: str) -> None:
         ("a: !!python/object:os.system {}", "not valid YAML"),
         ("a: 1\n---\nb: 2\n", "single document"),
         ("[" * 5000, "not YAML or JSON"),
-        ("a: " + "9" * 5000, "not YAML or JSON"),
+        ("a: " + "9" * 5000, "line 1, column 4: not valid YAML: '9999"),
+        ("a: !!bool maybe", "line 1, column 4: not valid YAML: 'maybe' is no bool"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_spec_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
