@@ -15,9 +15,9 @@ DASHBOARDS = sorted((CHART / "dashboards").glob("*.json"))
 def test_dashboards_are_those_of_the_repository() -> None:
     if not PUBLISHED.is_dir():
         pytest.skip("there is no deploy/grafana")
-    published = {path.name: path.read_bytes() for path in PUBLISHED.glob("*.json")}
+    published = {path.name: path.read_bytes() for path in PUBLISHED.rglob("*.json")}
     assert {path.name: path.read_bytes() for path in DASHBOARDS} == published, (
-        "cp deploy/grafana/*.json helm/lockstep/dashboards/"
+        "copy them: deploy/grafana to helm/lockstep/dashboards/"
     )
 
 

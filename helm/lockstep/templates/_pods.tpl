@@ -1,9 +1,11 @@
 {{/* What every pod of ours is held to: Kubernetes' restricted Pod Security Standard. */}}
 {{- define "lockstep.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: 1000
-runAsGroup: 1000
-fsGroup: 1000
+{{- with .Values.podSecurity.user }}
+runAsUser: {{ . }}
+runAsGroup: {{ . }}
+fsGroup: {{ . }}
+{{- end }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault
