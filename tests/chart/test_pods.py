@@ -2,14 +2,19 @@
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from api.spec import TrainSpec
 from service.app import make_api
+from service.render import submission
 from service.settings import Settings
 from tests.chart.chart import (
+    CHART,
     SCENARIOS,
     Object,
     environment,
@@ -132,13 +137,23 @@ def test_no_service_of_the_release_comes_into_an_environment() -> None:
         assert all(each.spec["enableServiceLinks"] is False for each in pods(objects_of(scenario)))
 
 
-def test_a_worker_has_the_grace_that_its_drain_announces() -> None:
-    worker = pod(objects_of("minimal"), "RayCluster/lockstep/cpu")
-    script = worker.containers[0]["lifecycle"]["preStop"]["exec"]["command"]
-    assert script[:2] == ["/bin/bash", "-c"]
-    (announced,) = re.findall(r"--deadline-remaining-seconds=(\d+)", script[2])
-    assert int(announced) + 30 == worker.spec["terminationGracePeriodSeconds"]
-    subprocess.run(["bash", "-n"], input=script[2], text=True, check=True)
+@pytest.mark.parametrize("owner", ["RayCluster/lockstep/headgroup", "RayCluster/lockstep/cpu"])
+def test_ray_has_the_grace_that_its_end_takes(owner: str) -> None:
+    ray = pod(objects_of("minimal"), owner)
+    shell, option, script = ray.containers[0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, option) == ("/bin/bash", "-c")
+    (announced,) = re.findall(r"(?:--deadline-remaining-seconds=|left = )(\d+)", script)
+    assert int(announced) + 30 == ray.spec["terminationGracePeriodSeconds"]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_a_heads_end_looks_for_the_drivers_that_the_control_plane_starts() -> None:
+    script = pod(objects_of("minimal"), "RayCluster/lockstep/headgroup").containers[0]["lifecycle"]["preStop"]
+    (argument,) = re.findall(r"\^(\S+)\$' /proc", script["exec"]["command"][2])
+    example = CHART.parents[1] / "deploy" / "examples" / "stdlib-gpt.yaml"
+    spec = TrainSpec.model_validate(yaml.safe_load(example.read_text(encoding="utf-8")))
+    command = submission(spec, "default", "job", 1, Settings(storage="s3://models"))["entrypoint"]
+    assert argument.replace("\\", "") in shlex.split(command)
 
 
 def test_sqlite_is_never_shared_and_postgres_is_migrated_first() -> None:

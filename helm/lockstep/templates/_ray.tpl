@@ -19,8 +19,6 @@
   value: "1"
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
-- name: RAY_TRAIN_ENABLE_STATE_TRACKING
-  value: "1"
 - name: LOCKSTEP_CACHE
   value: /var/cache/lockstep/blocks
 # Below the volume's size, which else would have the pod evicted.
@@ -122,4 +120,19 @@ timeout 30 ray drain-node --address="$RAY_ADDRESS" --reason=DRAIN_NODE_REASON_PR
   || { say "Ray did not take the drain"; exit 0; }
 while running; do sleep 1; done
 say "drained"
+{{- end -}}
+
+{{/*
+The head has the drivers: told to end, they let their ranks write a checkpoint first. Ray's own state must outlive that, and
+the workers' drains, when all pods go at once.
+*/}}
+{{- define "lockstep.endDrivers" -}}
+drivers=$(grep -lsz '^workers\.main$' /proc/[0-9]*/cmdline | cut -d/ -f3)
+[ -n "$drivers" ] || exit 0
+echo "lockstep: drivers told to end:" $drivers > /proc/1/fd/1
+kill -TERM $drivers
+for ((left = {{ .Values.ray.drainSeconds }}; left > 0; left--)); do
+  kill -0 $drivers 2>/dev/null || exit 0
+  sleep 1
+done
 {{- end -}}
