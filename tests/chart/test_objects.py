@@ -16,7 +16,7 @@ PLANTED = [
     ("raycluster.yaml", "    mode: token", "    mode: password", "minimal"),
     ("raycluster.yaml", "enableServiceLinks: false", "enableServiceLink: false", "minimal"),
     ("monitoring.yaml", "  podMetricsEndpoints:", "  podMetricEndpoints:", "monitoring"),
-    ("monitoring.yaml", "        - alert: LockstepQueueStands", "        - alarm: LockstepQueueStands", "monitoring"),
+    ("../alerts.yml", "      - alert: LockstepQueueStands", "      - alarm: LockstepQueueStands", "monitoring"),
     ("routes.yaml", "    - backendRefs:", "    - backendRef:", "gateway"),
     ("network-policies.yaml", "  policyTypes: [Ingress]", "  policyTypes: Ingress", "minimal"),
 ]
