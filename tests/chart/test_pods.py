@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from workers import settings as worker_settings
 from workers.settings import WorkerSettings
 
 MANIFESTS = sorted(SCENARIOS)
+RAY_PODS = ("RayCluster/lockstep/headgroup", "RayCluster/lockstep/cpu")
 
 
 def ray_scenarios() -> list[str]:
@@ -96,6 +98,20 @@ def test_probes_ask_routes_that_exist() -> None:
     assert test["command"][-1] == "http://lockstep:8700/readyz"
 
 
+@pytest.mark.parametrize("owner", RAY_PODS)
+def test_rays_probes_ask_a_route_that_needs_no_token(owner: str) -> None:
+    """KubeRay starts the agent on this port."""
+    spec = find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    agent = Path(spec.origin).parent / "dashboard" / "http_server_agent.py"
+    (public,) = re.findall(r"PUBLIC_EXACT_PATHS = \[(.*?)\]", agent.read_text(encoding="utf-8"), re.DOTALL)
+    container = pod(objects_of("minimal"), owner).containers[0]
+    for kind in ("readinessProbe", "livenessProbe"):
+        assert container[kind]["httpGet"]["port"] == 52_365
+        assert f'"{container[kind]["httpGet"]["path"]}"' in public
+
+
 @pytest.mark.parametrize("scenario", MANIFESTS)
 def test_no_secret_shows_outside_of_a_secret(scenario: str) -> None:
     """Neither one from the values nor one that the chart makes, in any object or in the notes."""
@@ -137,7 +153,7 @@ def test_no_service_of_the_release_comes_into_an_environment() -> None:
         assert all(each.spec["enableServiceLinks"] is False for each in pods(objects_of(scenario)))
 
 
-@pytest.mark.parametrize("owner", ["RayCluster/lockstep/headgroup", "RayCluster/lockstep/cpu"])
+@pytest.mark.parametrize("owner", RAY_PODS)
 def test_ray_has_the_grace_that_its_end_takes(owner: str) -> None:
     ray = pod(objects_of("minimal"), owner)
     shell, option, script = ray.containers[0]["lifecycle"]["preStop"]["exec"]["command"]

@@ -107,6 +107,24 @@ annotations:
 {{- end -}}
 
 {{/*
+Ray's agent answers for what runs beside it: the raylet, and on the head the GCS. More patient than KubeRay's own probes, as
+ranks may take all CPUs.
+*/}}
+{{- define "lockstep.rayProbes" -}}
+readinessProbe:
+  httpGet: {path: /api/healthz, port: 52365}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 10
+livenessProbe:
+  httpGet: {path: /api/healthz, port: 52365}
+  initialDelaySeconds: 30
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 120
+{{- end -}}
+
+{{/*
 Neither driver nor ranks see a pod's SIGTERM. Ray does see a drain: it tells the ranks, they write a checkpoint and let go,
 and the node ends by itself once nothing runs on it. So: drain, and wait for that, while there is grace.
 */}}
