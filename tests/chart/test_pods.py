@@ -24,9 +24,11 @@ from tests.chart.chart import (
     objects_of,
     pod,
     pods,
+    render,
     render_files,
     values_of,
 )
+from tests.chart.validation import validate
 from workers import settings as worker_settings
 from workers.settings import WorkerSettings
 
@@ -96,6 +98,16 @@ def test_probes_ask_routes_that_exist() -> None:
     assert set(asked) <= make_api(0).openapi()["paths"].keys()
     (test,) = pod(objects_of("minimal"), "Pod/lockstep-test").containers
     assert test["command"][-1] == "http://lockstep:8700/readyz"
+
+
+def test_in_maintenance_nothing_serves_and_nothing_restarts_the_pod() -> None:
+    objects = render(values_of("minimal") | {"controlPlane": {"maintenance": True}})
+    container = pod(objects, "Deployment/lockstep").containers[0]
+    assert container["command"] == ["sleep", "infinity"]
+    assert not {"startupProbe", "livenessProbe", "readinessProbe"} & container.keys()
+    for item in objects:
+        if item["kind"] != "RayCluster":
+            validate(item)
 
 
 @pytest.mark.parametrize("owner", RAY_PODS)
