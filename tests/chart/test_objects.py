@@ -60,13 +60,6 @@ def test_a_wrong_field_in_a_template_is_found(
         validate_all(items)
 
 
-def test_a_packaged_chart_gives_the_same(tmp_path: Path) -> None:
-    """Nothing that it needs is left out of the archive."""
-    archive = Path(helm_python.package(CHART, destination=tmp_path))
-    for scenario in ("existing-secrets", "production"):  # nothing in them is generated
-        assert render(values_of(scenario), folder=archive) == objects_of(scenario)
-
-
 def validate_all(items: list[Object]) -> None:
     for item in items:
         validate(item)
