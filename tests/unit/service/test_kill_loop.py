@@ -31,6 +31,8 @@ class Fate:
     """Decides by a seed when the control plane dies, which replies get lost, what users want and what becomes of each
     attempt."""
 
+    most = CRASHES
+
     def __init__(self, world: World, seed: int, ray_restarts: bool) -> None:
         self.world, self.random, self.ray_restarts = world, random.Random(seed), ray_restarts
         self.crashes = self.jobs = self.forks = self.rounds = 0
@@ -42,7 +44,7 @@ class Fate:
 
     def burn(self, place: str) -> None:
         self.fuse -= 1
-        if self.fuse <= 0 and self.crashes < CRASHES:
+        if self.fuse <= 0 and self.crashes < self.most:
             self.fuse = self.random.randint(1, 50)
             self.crashes += 1
             self.places[" ".join(place.split()[:2])] += 1
@@ -61,7 +63,7 @@ class Fate:
 
     def users(self) -> None:
         """Submit, fork, pause, resume and cancel as it comes; in the end only resume what is paused."""
-        if self.crashes == CRASHES:
+        if self.crashes == self.most:
             for job in self.store.live():
                 self.store.request_resume(job.id, None, self.world.now)
             return

@@ -17,8 +17,9 @@ from service.rebuild import rebuild
 from service.rows import JobRow
 from tests.fakes import ACCEPTED, World, new_store, row
 from tests.unit.service.mortal import Mortal
-from tests.unit.service.test_kill_loop import CRASHES, Fate
+from tests.unit.service.test_kill_loop import Fate
 
+SEED = 1
 END = ("state", "reason", "message", "result", "history_end", "spec", "init", "owner", "warnings")
 ACCEPTANCE = ("project", "owner", "warnings", "dataset_version", "created_at", "queued_at", "init")
 
@@ -30,6 +31,8 @@ def quiet(_: str) -> None:
 class Losing(Fate):
     """Whenever the control plane dies, the database may be lost with it."""
 
+    most = 80
+
     def __init__(self, world: World, seed: int, folder: Path) -> None:
         super().__init__(world, seed, ray_restarts=True)
         self.database = folder / "lockstep.db"
@@ -39,7 +42,7 @@ class Losing(Fate):
     def live_pass(self) -> None:
         crashes = self.crashes
         super().live_pass()
-        if self.crashes > crashes and self.random.random() < 0.15:
+        if self.crashes > crashes and self.random.random() < 0.3:
             self.lose()
         elif self.random.random() < 0.02:
             self.backups.append(self.database.with_name(f"backup-{self.rounds}"))
@@ -89,20 +92,17 @@ class Losing(Fate):
             self.lost[f"{was.state} {now.state}"] += 1
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_lost_database_doubles_no_attempt_and_changes_no_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_a_lost_database_doubles_no_attempt_and_changes_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path, monkeypatch, resize_interval=10.0)
-    fate = Losing(world, seed, tmp_path)
+    fate = Losing(world, SEED, tmp_path)
     rounds = 0
-    while fate.crashes < CRASHES or fate.store.live():
+    while fate.crashes < fate.most or fate.store.live():
         fate.users()
         fate.live_pass()
         fate.workers()
         fate.check()
         rounds += 1
-        assert rounds < 5000, f"no end is near: {[job.state for job in fate.store.live()]}"
+        assert rounds < 20_000, f"no end is near: {[job.state for job in fate.store.live()]}"
 
     taken = Counter(submission for _, submission in world.ray.taken)
     assert set(taken.values()) == {1}, "an attempt ran twice"
@@ -113,7 +113,7 @@ def test_a_lost_database_doubles_no_attempt_and_changes_no_end(
         assert job.faults <= job.parsed_spec.retries
     assert {job.state for job in fate.store.everything()} == {"succeeded", "failed", "cancelled"}
     assert fate.forks
-    assert min(fate.lost["restored"], fate.lost["rebuilt"]) >= 7
+    assert min(fate.lost["restored"], fate.lost["rebuilt"]) > 7
     wanted = {"running running", "starting starting", "paused paused", "queued queued", "recovering recovering"}
     assert wanted <= set(fate.lost)
     fate.store._engine.dispose()
