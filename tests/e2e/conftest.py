@@ -9,8 +9,9 @@ from api.jobs import Job, JobState
 from tests.e2e.harness import Stack, follow, running_stack
 from tests.soak import soak
 
-#: By `make soak` only: in short, test_faults.py and test_ray_lost.py kill, and the integration tests' watchdogs watch.
-collect_ignore = soak([], ["test_storm.py", "test_frozen_rank.py"])
+#: By `make soak` only: in short, test_faults.py and test_ray_lost.py kill, the integration tests' watchdogs watch, and
+#: their elastic runs change size.
+collect_ignore = soak([], ["test_storm.py", "test_frozen_rank.py", "test_sizes.py"])
 
 STEPS = 60
 #: After the second checkpoint (20), off the interval.
