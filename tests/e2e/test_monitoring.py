@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import pytest
 import yaml
@@ -126,6 +125,7 @@ def running_prometheus(stack: Stack, folder: Path) -> Iterator[str]:
     with open(folder / "prometheus.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
+        wait_until(lambda: (http_get(f"{url}/-/ready") or (0,))[0] == 200, PATIENCE, "Prometheus to be ready")
         yield url
     finally:
         process.send_signal(signal.SIGKILL)  # its data are nobody's
@@ -133,11 +133,6 @@ def running_prometheus(stack: Stack, folder: Path) -> Iterator[str]:
 
 
 def ask(prometheus: str, what: str, **parameters: str) -> Any:
-    """Return what Prometheus answers; nothing while it only starts."""
-    try:
-        with urllib.request.urlopen(f"{prometheus}/api/v1/{what}?{urllib.parse.urlencode(parameters)}") as response:
-            return json.load(response)["data"]
-    except URLError as error:
-        if isinstance(error.reason, ConnectionRefusedError):
-            return {"result": []}
-        raise
+    """Return what Prometheus answers."""
+    with urllib.request.urlopen(f"{prometheus}/api/v1/{what}?{urllib.parse.urlencode(parameters)}") as response:
+        return json.load(response)["data"]
