@@ -128,7 +128,7 @@ def read_remains(bucket: Bucket, layout: JobLayout, keys: Collection[str]) -> Re
     for segment in segments:  # an attempt is written down before it is submitted
         if layout.attempt(segment.attempt) not in keys:
             raise InvalidData(f"{bucket.url}/{layout.attempt(segment.attempt)} is missing; is it half deleted?")
-    newest = attempts[-1] if attempts else 0
+    newest = attempts[-1] if attempts else 1  # job.json is written for an attempt
     controls = {attempt: find(layout.control(attempt), ControlDocument) for attempt in attempts}
     final = find(layout.final, FinalDocument)
     if final is not None and not JobState(final.state).ended:

@@ -33,8 +33,8 @@ class Remains:
     job: JobDocument
     hold: HoldDocument | None = None
     final: FinalDocument | None = None
-    attempt: int = 0
-    """The highest number that was found anywhere; 0 for a job that has had none."""
+    attempt: int = 1
+    """The highest number that was found anywhere. `job.json` is there because one was meant to begin."""
     record: AttemptDocument | None = None
     control: ControlDocument | None = None
     given_up: Sequence[Reason] = ()
@@ -103,8 +103,6 @@ def _live(left: Remains, now: datetime) -> dict[str, Any]:
 def _state(left: Remains) -> JobState:
     """Return where a job that has not ended is. What its attempt does by now, the reconciler finds out."""
     wish = left.control.wish if left.control is not None else "run"
-    if left.attempt == 0:
-        return JobState.QUEUED
     if left.hold is not None and left.hold.attempt == left.attempt:  # so that attempt is over
         return JobState.PAUSED if left.hold.paused else JobState.QUEUED
     if wish == "superseded":
@@ -156,7 +154,7 @@ def newer(row: JobRow, found: JobRow) -> dict[str, Any]:
         return everything | _still_cancelled(row, found)
     if was in _IDLE:  # nothing can have come after that but a pause or its end
         held = ("pause_requested", "workers_wanted")
-        speaks = found.attempt > 0 and now in (JobState.PAUSED, JobState.QUEUED)
+        speaks = now in (JobState.PAUSED, JobState.QUEUED)
         return {name: everything[name] for name in held if speaks and everything[name] != getattr(row, name)}
     if now in (was, JobState.STARTING, JobState.RUNNING) or was is JobState.CANCELLING:
         return {}

@@ -129,12 +129,15 @@ class Fate:
         elif chance < 0.4:
             self.world.checkpoint(segment, 3, index)
 
+    def held(self) -> int:
+        return sum(job.workers or 0 for job in self.store.live() if job.state in HOLD)
+
     def check(self) -> None:
         """What holds at every moment, however the last pass ended."""
         alive = Counter(n.rpartition("-")[0] for n, s in self.world.ray.jobs.items() if s in ("PENDING", "RUNNING"))
         assert set(alive.values()) <= {1}, "at most one attempt lives"
         live = self.store.live()
-        assert sum(job.workers or 0 for job in live if job.state in HOLD) <= CPUS, "no CPU is given out twice"
+        assert self.held() <= CPUS, "no CPU is given out twice"
         with self.store._engine.begin() as connection:
             held = {(pin.holder, pin.job_id, pin.segment, pin.step) for pin in connection.execute(sa.select(pins))}
         begun = [(job.id, CheckpointRef.model_validate(job.init)) for job in live if job.init is not None]

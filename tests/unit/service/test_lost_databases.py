@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from api.documents import FinalDocument
+from api.documents import AttemptDocument, FinalDocument
 from api.jobs import JobState
 from api.layout import JobLayout
 from service.backup import backup, restore
@@ -64,8 +64,15 @@ class Losing(Fate):
         self.lost["restored" if kept else "rebuilt"] += 1
         after = {job.id: job for job in self.store.everything()}
         for job in before:
-            self.compare(job, after.get(job.id))
+            self.compare(job, after.get(job.id), bool(kept))
         assert outcome.damaged == {}
+
+    def held(self) -> int:
+        """Return the CPUs of the attempts that live; a row may hold some more until a look at Ray says that its attempt
+        is over."""
+        alive = [name.rpartition("-") for name, s in self.world.ray.jobs.items() if s in ("PENDING", "RUNNING")]
+        documents = [JobLayout("default", job).attempt(int(attempt)) for job, _, attempt in alive]
+        return sum(self.world.bucket.get_document(key, AttemptDocument).workers or 0 for key in documents)
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -74,7 +81,7 @@ class Losing(Fate):
         self.world.store = self.store = Mortal(make_engine(f"sqlite:///{self.database}"))
         self.world.restart()
 
-    def compare(self, was: JobRow, now: JobRow | None) -> None:
+    def compare(self, was: JobRow, now: JobRow | None, restored: bool) -> None:
         ended, written = JobState(was.state).ended, JobLayout("default", was.id).job in self.world.bucket.content
         if now is None:
             assert not written
@@ -85,7 +92,8 @@ class Losing(Fate):
             assert now.attempt in (was.attempt, was.attempt - 1)
             assert [getattr(now, name) for name in END] == [getattr(was, name) for name in END]
         elif written:
-            assert now.attempt in (was.attempt, was.attempt - 1), "no more is lost than the intent of an attempt"
+            assert now.attempt >= was.attempt - 1, "no more is lost than the intent of an attempt"
+            assert now.attempt <= was.attempt + restored, "which the backup may still know"
             assert now.faults - was.faults in (0, 1)
             if was.state == JobState.PAUSED and was.pause_requested:
                 assert now.pause_requested, "who is paused stays so"
@@ -113,7 +121,7 @@ def test_a_lost_database_doubles_no_attempt_and_changes_no_end(tmp_path: Path, m
         assert job.faults <= job.parsed_spec.retries
     assert {job.state for job in fate.store.everything()} == {"succeeded", "failed", "cancelled"}
     assert fate.forks
-    assert min(fate.lost["restored"], fate.lost["rebuilt"]) > 7
+    assert min(fate.lost["restored"], fate.lost["rebuilt"]) > 4
     wanted = {"running running", "starting starting", "paused paused", "queued queued", "recovering recovering"}
     assert wanted <= set(fate.lost)
     fate.store._engine.dispose()

@@ -134,7 +134,7 @@ def test_a_job_that_was_never_written_is_lost_and_one_without_an_attempt_is_not(
         del world.bucket.content[key]  # it died before it wrote more than job.json
     outcome = lose(world, tmp_path / "new")
     assert [job.id for job in world.store.live()] == [job_id(2)]
-    assert [(job.state, job.attempt) for job in outcome.rebuilt] == [("queued", 0)]
+    assert [(job.state, job.attempt) for job in outcome.rebuilt] == [("recovering", 1)]
 
 
 @pytest.mark.parametrize("deleted", [1, 2, 3, 4, 5])

@@ -51,7 +51,7 @@ def hold(attempt: int, paused: bool) -> HoldDocument:
 
 BEGUN = Remains(JOB, attempt=2, record=RECORD, control=control("run"), began=True)
 CASES: list[tuple[str, Remains, JobState, dict[str, Any]]] = [
-    ("never begun", Remains(JOB), JobState.QUEUED, {"attempt": 0, "ray_session": None}),
+    ("meant to begin", Remains(JOB), JobState.RECOVERING, {"attempt": 1, "ray_session": None}),
     ("running", BEGUN, JobState.RUNNING, {"attempt": 2, "ray_session": "s", "workers": 3, "attempt_at": T0}),
     ("starting", replace(BEGUN, began=False), JobState.STARTING, {"ray_session": "s"}),
     ("never told anything", replace(BEGUN, control=None), JobState.RUNNING, {"stop_reason": None}),
@@ -103,7 +103,8 @@ def test_everything_that_was_accepted_is_in_the_row() -> None:
     made = rebuilt(Remains(job), NOW)
     assert made == row(
         1, spec, project="p", labels={"team": "a"}, init=origin.model_dump(), warnings=["slow"], state_since=NOW,
-        message="rebuilt from the bucket: queued", progress={**made.progress, "total_steps": 17},
+        message="rebuilt from the bucket: recovering", state="recovering", attempt=1,
+        progress={**made.progress, "total_steps": 17},
     )  # fmt: skip
     assert rebuilt(replace(BEGUN, first=FIRST), NOW).started_at == FIRST.created_at
 
@@ -131,10 +132,8 @@ controls = st.builds(
 
 @st.composite
 def remains(draw: st.DrawFn) -> Remains:
-    attempt = draw(st.integers(0, 3))
+    attempt = draw(st.integers(1, 3))
     end = draw(st.none() | st.builds(final, st.sampled_from(sorted(ENDED)), st.sampled_from(list(Reason))))
-    if attempt == 0:
-        return Remains(JOB, final=None)
     return Remains(
         JOB,
         hold=draw(st.none() | st.builds(hold, st.integers(1, attempt), st.booleans())),
