@@ -65,6 +65,21 @@ def test_a_job_goes_from_the_line_to_its_end(world: World) -> None:
     assert world.ray.posts == [f"{job_id(1)}-1"]
 
 
+def test_a_slow_control_plane_does_not_overwrite_the_end_that_another_has_recorded(world: World) -> None:
+    segment = world.running()
+    stale = world.job()
+    world.result(segment, "succeeded", Reason.COMPLETED)
+    world.ray.jobs[world.submission()] = "SUCCEEDED"
+    world.passes(2)
+    ended = world.job()
+    assert ended.state == "succeeded"
+    world.result(segment, "failed", Reason.INVALID_DATA)  # what the slow one saw
+    world.reconciler.reconcile(stale, observe_cluster(world.ray.backend()), Turn())
+    assert world.job() == ended
+    final = world.bucket.get_document(world.layout().final, FinalDocument)
+    assert (final.state, final.reason, final.created_at) == (ended.state, ended.reason, ended.ended_at)
+
+
 @pytest.mark.parametrize("place", ["after_intent", "after_attempt_record", "after_submit"])
 def test_a_crash_at_any_place_submits_exactly_once(world: World, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     def crash(name: str, _: str) -> None:
