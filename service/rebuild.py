@@ -48,6 +48,8 @@ class Found:
     """None where there is no `job.json`, or something is damaged."""
     manifests: Collection[str] = ()
     """The keys of those that are there."""
+    half_deleted: bool = False
+    """Something was submitted, and `job.json` is gone; where nothing was, it may never have been there."""
     damage: str = ""
 
 
@@ -61,8 +63,8 @@ class Outcome:
     """Have gone on since what the database knew of them."""
     gone: list[str] = field(default_factory=list)
     """Have no objects any more: they were deleted since."""
-    bare: list[str] = field(default_factory=list)
-    """Have objects and no `job.json`: never submitted, or half deleted."""
+    half_deleted: list[str] = field(default_factory=list)
+    """Have objects, but `job.json` is gone."""
     damaged: dict[str, str] = field(default_factory=dict)
 
 
@@ -79,7 +81,7 @@ def rebuild(store: Store, bucket: Bucket, at: datetime, say: Callable[[str], Non
             _take(store, bucket, found, rows.get(found.id), at, outcome)
             if count % _SAY_EVERY == 0:
                 say(f"{count} of {len(layouts)} jobs read")
-    _end_gone(store, rows, {layout.job_id for layout in layouts} - set(outcome.bare), at, outcome)
+    _end_gone(store, rows, {layout.job_id for layout in layouts} - set(outcome.half_deleted), at, outcome)
     return outcome
 
 
@@ -88,7 +90,7 @@ def summary(outcome: Outcome) -> list[str]:
     states = Counter(str(row.state) for row in (*outcome.rebuilt, *outcome.renewed))
     lines = [f"{job} is damaged: {why}" for job, why in outcome.damaged.items()]
     lines += [f"{job} was ended: its objects have been deleted since the backup" for job in outcome.gone]
-    lines += [f"{job} has no job.json: never submitted, or half deleted; left as it is" for job in outcome.bare]
+    lines += [f"{job} is half deleted: what is left of its objects stays" for job in outcome.half_deleted]
     total = f"rebuilt {len(outcome.rebuilt)}, renewed {len(outcome.renewed)}, damaged {len(outcome.damaged)}"
     by_state = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     return [*lines, f"{total} ({by_state})" if by_state else total]
@@ -109,7 +111,13 @@ def look(bucket: Bucket, layout: JobLayout) -> Found:
         left = read_remains(bucket, layout, keys)
     except (InvalidData, ValueError) as error:
         return Found(layout.job_id, damage=str(error))
-    return Found(layout.job_id, left, {key for key in keys if key.endswith("/manifest.json")})
+    manifests = {key for key in keys if key.endswith("/manifest.json")}
+    return Found(layout.job_id, left, manifests, half_deleted=left is None and any(_follows_one(key) for key in keys))
+
+
+def _follows_one(key: str) -> bool:
+    """Whether an object is written after `job.json`. A wish for an attempt that is never submitted may be alone."""
+    return not key.endswith(("/control.json", "/hold.json"))
 
 
 def read_remains(bucket: Bucket, layout: JobLayout, keys: Collection[str]) -> Remains | None:
@@ -164,7 +172,8 @@ def _take(store: Store, bucket: Bucket, found: Found, row: JobRow | None, at: da
     if found.damage:
         outcome.damaged[found.id] = found.damage
     elif found.left is None:
-        outcome.bare.append(found.id)
+        if found.half_deleted:
+            outcome.half_deleted.append(found.id)
     elif row is None:
         made = rebuilt(found.left, at)
         changes, told = _told(made, bucket, outcome)

@@ -85,7 +85,8 @@ class Losing(Fate):
         ended, written = JobState(was.state).ended, JobLayout("default", was.id).job in self.world.bucket.content
         if now is None:
             assert not written
-            if not ended:  # its user submits it once more
+            if not ended:  # its user submits it once more, as if under another id
+                self.world.bucket.delete([item.key for item in self.world.bucket.objects(f"default/jobs/{was.id}/")])
                 fields = {name: getattr(was, name) for name in ACCEPTANCE}
                 self.store.insert(row(1, was.parsed_spec, id=was.id, **fields), ACCEPTED, None)
         elif written and ended:

@@ -156,7 +156,7 @@ def test_a_half_deleted_job_does_not_come_back(world: World, tmp_path: Path, del
     assert world.store.to_purge()
     outcome = lose(world, tmp_path / "new")
     assert world.store.everything() == []
-    assert (outcome.bare, outcome.damaged) == ([job_id(1)], {})
+    assert (outcome.half_deleted, outcome.damaged) == ([job_id(1)], {})
 
 
 def test_what_is_damaged_is_named_and_the_rest_is_rebuilt(world: World, tmp_path: Path) -> None:
@@ -253,6 +253,18 @@ def test_a_job_of_a_backup_that_was_deleted_since_is_ended_and_not_run_again(wor
     assert (world.job(1).state, world.job(1).reason) == ("cancelled", "user_cancelled")
     assert [job.id for job in world.store.live()] == [job_id(2), job_id(3)]
     assert again(world) == Outcome()
+
+
+def test_a_job_of_a_backup_that_was_paused_before_it_was_submitted_stays_paused(world: World) -> None:
+    world.running(2)
+    world.add(1)
+    world.passes()
+    assert world.job(1).state == "starting"
+    world.store.request_pause(job_id(1))
+    world.passes(3)
+    assert (world.job(1).state, world.wish(1)) == ("paused", "pause")
+    assert again(world) == Outcome()
+    assert world.job(1).state == "paused"
 
 
 def put_back(world: World, backup: list[JobRow]) -> None:
