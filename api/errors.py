@@ -4,6 +4,7 @@ LockstepError
 ├── ApiError                    an answer of the API that is not a success
 │   ├── InvalidSpec             422: the faults are listed with their JSON paths
 │   ├── Unauthorized            401
+│   ├── Forbidden               403: the key's role does not allow it
 │   ├── NotFound                404
 │   ├── Conflict                409
 │   ├── TooLarge                413
@@ -96,6 +97,12 @@ class Unauthorized(ApiError):
     """401: no API key, or one that is not valid."""
 
     status, name, title = 401, "unauthorized", "An API key is needed"
+
+
+class Forbidden(ApiError):
+    """403: the key is valid, but its role does not allow this."""
+
+    status, name, title = 403, "forbidden", "The role of this API key does not allow this"
 
 
 class NotFound(ApiError):

@@ -10,7 +10,7 @@ from starlette.types import Lifespan
 from api import __version__
 from api.errors import Problem
 from api.storage import Bucket, Timeouts
-from service import docs, health, problems, routes
+from service import docs, health, problems, project_routes, routes
 from service.auth import ensure_key
 from service.database import make_engine, migrate
 from service.jobs import Jobs
@@ -21,6 +21,7 @@ from service.retention import Retention
 from service.settings import Settings
 from service.sse import Streams
 from service.store import Store
+from service.tenants import Tenants
 
 DESCRIPTION = """
 Submit a job; it trains data-parallel on Ray, reads token shards from your bucket and writes verified checkpoints back.
@@ -35,9 +36,9 @@ def create_app(settings: Settings) -> FastAPI:
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each look at Ray says nothing
     migrate(settings.database_url)
     engine = make_engine(settings.database_url)
-    store = Store(engine)
+    store, tenants = Store(engine), Tenants(engine)
     if settings.bootstrap_key_path is not None:
-        ensure_key(store, settings.bootstrap_key_path)
+        ensure_key(tenants, settings.bootstrap_key_path)
     bucket = Bucket(settings.storage, Timeouts(connect=2.0, read=settings.storage_timeout, attempts=3))
     ray = RayBackend(settings.ray_address, settings.ray_token_path, settings.request_timeout)
     measures = Measures(store, lambda: health.look_at(health.checks_of(app.state)))
@@ -55,7 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
         engine.dispose()
 
     app = make_api(settings.max_body_bytes, lifespan)
-    app.state.store, app.state.bucket, app.state.ray = store, bucket, ray
+    app.state.store, app.state.tenants, app.state.bucket, app.state.ray = store, tenants, bucket, ray
     app.state.jobs = Jobs(store, bucket, ray, settings)
     app.state.measures = measures
     app.add_middleware(Watched, measures=measures)
@@ -70,6 +71,7 @@ def make_api(max_body_bytes: int, lifespan: Lifespan[FastAPI] | None = None) -> 
     )
     app.add_route("/docs", docs.show, include_in_schema=False)
     app.include_router(routes.router)
+    app.include_router(project_routes.router)
     app.include_router(health.router)
     app.add_middleware(problems.Edge, max_body_bytes=max_body_bytes)
     problems.install(app)

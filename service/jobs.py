@@ -83,7 +83,7 @@ class Jobs:
         record = _record(who, body, idempotency_key)
         if (job := self._replay(record)) is not None:
             return job, False
-        return self._accept(who, spec, record)
+        return self._accept(who, spec, record, "job.submit")
 
     def get(self, who: Principal, job_id: str) -> Job:
         return answer(self._row(who, job_id))
@@ -97,7 +97,8 @@ class Jobs:
     def cancel(self, who: Principal, job_id: str, keep_checkpoint: bool = False) -> Job:
         """Ask a job to stop; asking again is harmless. Conflict if it has ended otherwise."""
         row = self._row(who, job_id)
-        if not self._store.request_cancel(job_id, keep_checkpoint) and row.state != JobState.CANCELLED:
+        change = who.change("job.cancel", job_id, keep_checkpoint=keep_checkpoint)
+        if not self._store.request_cancel(job_id, keep_checkpoint, change) and row.state != JobState.CANCELLED:
             raise Conflict(f"job {job_id} has already {self._row(who, job_id).state}; it cannot be cancelled")
         return self.get(who, job_id)
 
@@ -106,7 +107,7 @@ class Jobs:
         row = self._row(who, job_id)
         if isinstance(row.parsed_spec, PrepareSpec):
             raise Conflict(f"job {job_id} is a preparation, which has no checkpoints; cancel it and submit it again")
-        if not self._store.request_pause(job_id):
+        if not self._store.request_pause(job_id, who.change("job.pause", job_id)):
             raise Conflict(f"job {job_id} {_condition(self._row(who, job_id))}; it cannot be paused")
         return self.get(who, job_id)
 
@@ -115,7 +116,8 @@ class Jobs:
         row = self._row(who, job_id)
         if workers is not None:
             self._refuse_size(row, workers)
-        if not self._store.request_resume(job_id, workers, now()):
+        change = who.change("job.resume", job_id, workers=workers)
+        if not self._store.request_resume(job_id, workers, now(), change):
             raise Conflict(f"job {job_id} {_condition(self._row(who, job_id))}; there is no pause to end")
         return self.get(who, job_id)
 
@@ -142,7 +144,7 @@ class Jobs:
         row = self._row(who, job_id)
         if row.state not in (JobState.FAILED, JobState.CANCELLED):
             raise Conflict(f"job {job_id} is {row.state}; only one that failed or was cancelled can be retried")
-        return self._accept(who, self._once_more(who, row), record)
+        return self._accept(who, self._once_more(who, row), record, "job.retry", retry_of=job_id)
 
     def _once_more(self, who: Principal, row: JobRow) -> TrainSpec | PrepareSpec:
         if isinstance(row.parsed_spec, PrepareSpec):
@@ -159,7 +161,7 @@ class Jobs:
     def delete(self, who: Principal, job_id: str) -> None:
         """Bury an ended job: it is gone at once; its objects follow."""
         row = self._ended(who, job_id, "an ended job")
-        if self._store.apply(row, {"deleted_at": now()}) is None:
+        if self._store.apply(row, {"deleted_at": now()}, change=who.change("job.delete", job_id)) is None:
             raise Conflict(f"job {job_id} was changed at the same time; try again")
 
     def delete_checkpoint(self, who: Principal, job_id: str, step: int) -> None:
@@ -169,7 +171,8 @@ class Jobs:
         if found is None:
             raise no_checkpoint(job_id, step)
         at = CheckpointRef(segment=found.segment, step=step)
-        if not self._store.doom(row, at, now(), gone(at, "on request")):
+        change = who.change("checkpoint.delete", job_id, step=step, segment=at.segment)
+        if not self._store.doom(row, at, now(), gone(at, "on request"), change):
             raise Conflict(
                 f"the checkpoint of step {step} is being downloaded, or a live job began at it, or this job was "
                 "changed; try again"
@@ -264,11 +267,17 @@ class Jobs:
         return None if record is None or found is None else _replayed(found, record)
 
     def _accept(
-        self, who: Principal, spec: TrainSpec | PrepareSpec, record: IdempotencyRecord | None
+        self,
+        who: Principal,
+        spec: TrainSpec | PrepareSpec,
+        record: IdempotencyRecord | None,
+        action: str,
+        **details: Any,
     ) -> tuple[Job, bool]:
         with self._holding_origin(who, spec) as origin:
             job = self._new_row(who, spec, origin)
-            first = self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record)
+            change = who.change(action, job.id, name=job.name, kind=spec.kind, **details)
+            first = self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record, change)
         if first is not None:
             assert record is not None
             return _replayed(first, record), False

@@ -109,15 +109,6 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Key:
-    """An API key, as far as it is stored."""
-
-    id: str
-    project: str
-    revoked: bool
-
-
-@dataclass(frozen=True)
 class IdempotencyRecord:
     principal: str
     key: str

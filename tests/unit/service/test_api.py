@@ -17,6 +17,7 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from api.sse import Parser
+from service.audit import OPERATOR
 from service.live import Feed
 from service.sse import Streams
 from tests.fakes import ACCEPTED, T0, job_id, row
@@ -64,9 +65,9 @@ def test_no_route_hides_from_the_walk(service: Service) -> None:
 
 
 def test_a_revoked_key_opens_nothing(service: Service) -> None:
-    [key] = [entry["id"] for entry in service.store.api_keys()]
+    [(_, key)] = service.tenants.keys()
     assert service.client.get("/v1/jobs").status_code == 200
-    service.store.revoke_key(key)
+    service.tenants.revoke_key(key.id, OPERATOR)
     problem(service.client.get("/v1/jobs"), 401, "unauthorized")
 
 

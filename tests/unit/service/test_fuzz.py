@@ -29,6 +29,7 @@ from api.documents import Manifest, Receipt, SegmentDocument, StreamLine
 from api.errors import Problem
 from api.jobs import JobState, ModelFile
 from api.layout import CheckpointLayout, DatasetLayout, JobLayout, chunk
+from api.tenants import KeyRequest, Role
 from service.app import make_api
 from service.architectures import model_tensors
 from service.auth import create_key
@@ -38,7 +39,8 @@ from service.rows import NewEvent
 from service.run_reader import read_logs
 from service.sse import Streams
 from service.store import Store
-from service.tables import api_keys, metadata
+from service.tables import metadata, projects
+from service.tenants import Tenants
 from tests.fakes import (
     ACCEPTED,
     T0,
@@ -70,15 +72,16 @@ class World:
         sa.event.listen(self.engine, "connect", lambda new, _: new.execute("PRAGMA synchronous=OFF"))
         self.store, self.bucket, self.ray = Store(self.engine), MemoryBucket(), FakeRay()
         self.settings = settings_for(folder)
-        create_key(self.store, "fuzz", KEY)
+        self.tenants = Tenants(self.engine)
         self.reset()
 
     def reset(self) -> None:
         self.bucket.content = dict(TRAINED.content)
         with self.engine.begin() as connection:
             for table in reversed(metadata.sorted_tables):
-                if table is not api_keys:
-                    connection.execute(table.delete())
+                connection.execute(table.delete())
+            connection.execute(projects.insert().values(name="default", created_at=T0))
+        create_key(self.tenants, KeyRequest(name="fuzz", role=Role.ADMIN), key=KEY)
         for number, state in STATES.items():
             end = {"segment": SEGMENT, "step": 10} if number == 1 else None
             pause = int(state == "paused")
@@ -193,6 +196,7 @@ def client() -> TestClient:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made = World(tmp_path_factory.mktemp("fuzz"))
     APP.state.store, APP.state.bucket, APP.state.ray = made.store, made.bucket, made.ray.backend()
+    APP.state.tenants = made.tenants
     APP.state.jobs = Jobs(made.store, made.bucket, APP.state.ray, made.settings)
     APP.state.streams = Streams(0.01, 1.0)
     yield made

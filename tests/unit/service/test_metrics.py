@@ -18,6 +18,7 @@ from sqlalchemy.exc import OperationalError
 
 from api.documents import now
 from api.jobs import JobState
+from api.tenants import KeyRequest, Role
 from service import app as app_module
 from service.auth import create_key
 from service.metrics import Measures, MetricsPortBusy
@@ -25,6 +26,7 @@ from service.processes import is_free
 from service.reconciler import Reconciler
 from service.server import Server
 from service.store import Store
+from service.tenants import Tenants
 from tests.fakes import ACCEPTED, FakeRay, MemoryBucket, job_id, new_store, row, settings_for
 from tests.servers import free_port
 
@@ -42,7 +44,7 @@ class Service:
         new_store(folder)._engine.dispose()
         self.app: FastAPI = app_module.create_app(settings_for(folder))
         self.store: Store = self.app.state.store
-        create_key(self.store, "test", "lk_test")
+        create_key(Tenants(self.store._engine), KeyRequest(name="test", role=Role.ADMIN), key="lk_test")
         self.client = TestClient(self.app, headers=AUTH, raise_server_exceptions=False)
 
     def _reconciler(self, *arguments: Any) -> Reconciler:
