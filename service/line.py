@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from api.jobs import JobState, QueueEntry
 from api.spec import PrepareSpec, TrainSpec
+from api.tenants import Quotas
 from service.admission import Node, bundles, needs, with_addable
 from service.lifecycle import Turn
 from service.rows import JobRow
@@ -20,11 +21,17 @@ WAITING = (JobState.QUEUED, JobState.RECOVERING)
 _HOLD = (JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)
 
 
-def take_turns(live: Sequence[JobRow], nodes: Sequence[Node], settings: Settings, now: datetime) -> dict[str, Turn]:
-    """Return each job's turn in this pass, by id."""
+def take_turns(
+    live: Sequence[JobRow],
+    nodes: Sequence[Node],
+    settings: Settings,
+    now: datetime,
+    quotas: Mapping[str, Quotas] | None = None,
+) -> dict[str, Turn]:
+    """Return each job's turn in this pass, by id. `quotas`: by project."""
     policy = SchedulePolicy(reservation_age=settings.reservation_age, resize_interval=settings.resize_interval)
     claims = [found for job in live if (found := claim(job)) is not None]
-    plan = schedule(claims, with_addable(nodes, settings.addable_nodes), now, policy)
+    plan = schedule(claims, with_addable(nodes, settings.addable_nodes), now, policy, quotas)
     return {found.job_id: _turn(found.job_id, plan) for found in claims}
 
 
@@ -65,6 +72,7 @@ def claim(job: JobRow) -> Claim | None:
         starting=state is JobState.STARTING,
         leaving=state in (JobState.PAUSING, JobState.CANCELLING),
         recovering_since=job.state_since if state is JobState.RECOVERING else None,
+        project=job.project,
     )
 
 

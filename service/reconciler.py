@@ -95,7 +95,7 @@ class Reconciler:
         live = self._store.live()
         if live:
             cluster = observe_cluster(self._ray)
-            turns = take_turns(live, cluster.nodes, self._settings, now())
+            turns = take_turns(live, cluster.nodes, self._settings, now(), self._store.quotas())
             self._stranded, turns = lasting(self._stranded, turns, now())
             for job in live:
                 if self.loop.stopping:

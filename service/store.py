@@ -16,10 +16,12 @@ from sqlalchemy.exc import IntegrityError
 from api.documents import CheckpointRef, now
 from api.errors import Conflict
 from api.jobs import ENDED, Event, JobState
+from api.tenants import Quotas
 from service.audit import Change
 from service.audit import record as note
 from service.rows import IdempotencyRecord, JobFilter, JobRow, Mark, NewEvent, Replay
 from service.tables import events, idempotency, jobs, marks, pins
+from service.tenants import read_quotas
 
 _ENDED = [state.value for state in ENDED]
 
@@ -97,6 +99,11 @@ class Store:
         with self._engine.begin() as connection:
             rows = connection.execute(query.group_by(jobs.c.state)).all()
         return {JobState(state): (count, first) for state, count, first in rows}
+
+    def quotas(self) -> dict[str, Quotas]:
+        """Return the quotas of every project that has any."""
+        with self._engine.begin() as connection:
+            return read_quotas(connection)
 
     def submitted_since(self, project: str, at: datetime) -> int:
         """Return how many jobs of a project were submitted after a time, deleted ones included."""

@@ -197,6 +197,12 @@ class Tenants:
             return read_audit(connection, project, limit, before)
 
 
+def read_quotas(connection: sa.Connection) -> dict[str, Quotas]:
+    """Return the quotas of every project that has any."""
+    found = {row["name"]: _stored(row).quotas for row in connection.execute(sa.select(projects)).mappings()}
+    return {name: quotas for name, quotas in found.items() if quotas != Quotas()}
+
+
 def _lock(connection: sa.Connection, project: str) -> StoredProject:
     """Lock a project's row, so that what depends on it is decided by one transaction after the other; return it."""
     return _project(connection, project, lock=True)
