@@ -33,6 +33,7 @@ from .errors import (
     InvalidSpec,
     NotFound,
     Problem,
+    RateLimited,
     Unavailable,
     Unreachable,
     api_error,
@@ -374,7 +375,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         patience: float = RETRY_SECONDS,
     ) -> httpx2.Response:
-        """Send until there is an answer other than 503, for at most `patience` seconds (0: send once)."""
+        """Send until there is an answer other than 503 or a rate limit, for at most `patience` seconds; 0: once."""
         began = self._clock()
         for attempt in count():
             try:
@@ -382,8 +383,10 @@ class Client:
                 if response.is_success:
                     return response
                 self._refuse(response)
-            except (Unreachable, Unavailable):
+            except (Unreachable, Unavailable, RateLimited) as error:
                 pause = min(0.2 * 2 ** min(attempt, 10), LONGEST_PAUSE)
+                if isinstance(error, RateLimited) and error.retry_after is not None:
+                    pause = max(pause, error.retry_after)
                 if self._clock() - began + pause > patience:
                     raise
                 self._sleep(pause)
@@ -437,7 +440,10 @@ class Client:
             raise kind(
                 f"{response.url} answered {status}, but not in the way of Lockstep. Is LOCKSTEP_URL right?"
             ) from None
-        raise api_error(problem)
+        found = api_error(problem)
+        wait = response.headers.get("retry-after", "")
+        found.retry_after = float(wait) if wait.isascii() and wait.isdigit() else None
+        raise found
 
 
 def _idempotency_key(given: str | None) -> str:

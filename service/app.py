@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from math import ceil
 
 from fastapi import FastAPI
 from starlette.types import Lifespan
@@ -15,6 +16,7 @@ from service.auth import ensure_key
 from service.database import make_engine, migrate
 from service.jobs import Jobs
 from service.metrics import Measures, Watched
+from service.rates import Limiter, Rate
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
 from service.retention import Retention
@@ -22,6 +24,7 @@ from service.settings import Settings
 from service.sse import Streams
 from service.store import Store
 from service.tenants import Tenants
+from service.usage import Usage
 
 DESCRIPTION = """
 Submit a job; it trains data-parallel on Ray, reads token shards from your bucket and writes verified checkpoints back.
@@ -43,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
     ray = RayBackend(settings.ray_address, settings.ray_token_path, settings.request_timeout)
     measures = Measures(store, lambda: health.look_at(health.checks_of(app.state)))
     reconciler = Reconciler(store, bucket, ray, settings, measures.note_pass)
-    loops = (reconciler.loop, Retention(store, bucket, settings).loop)
+    loops = (reconciler.loop, Retention(store, bucket, settings).loop, Usage(tenants, bucket, settings).loop)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,7 +63,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.jobs = Jobs(store, bucket, ray, settings)
     app.state.measures = measures
     app.add_middleware(Watched, measures=measures)
-    app.state.streams = Streams(settings.live_interval, settings.live_keep_alive, settings.live_streams)
+    app.state.streams = Streams(
+        settings.live_interval, settings.live_keep_alive, settings.live_streams, settings.live_streams_per_key
+    )
+    app.state.rates = Limiter(Rate(settings.rate_per_minute / 60, settings.rate_burst))
+    strangers = settings.stranger_rate_per_minute
+    app.state.strangers = Limiter(Rate(strangers / 60, ceil(strangers)))
     return app
 
 

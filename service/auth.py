@@ -12,7 +12,8 @@ from api.errors import LockstepError, Unauthorized
 from api.layout import PROJECT
 from api.tenants import KeyRequest, NewApiKey, Role
 from service.audit import OPERATOR, Author, Change
-from service.tenants import StoredKey, Tenants
+from service.rows import StoredKey
+from service.tenants import Tenants
 
 _MARK = "lk"
 """How every key begins, so that scanners for leaked secrets find it."""

@@ -1,7 +1,5 @@
 """The use cases behind the routes: plan, submit, look, cancel, delete. No HTTP here."""
 
-import hashlib
-import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,7 +13,6 @@ from api.documents import CheckpointRef, DatasetDocument, Manifest, now
 from api.errors import (
     Conflict,
     Fault,
-    IdempotencyMismatch,
     InvalidData,
     InvalidSpec,
     NotFound,
@@ -39,6 +36,7 @@ from api.layout import JobLayout
 from api.names import new_job_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
+from api.tenants import Quotas
 from service.admission import Node, why_never, with_addable
 from service.answers import answer
 from service.auth import Principal
@@ -47,10 +45,12 @@ from service.forks import find_origin, fork_faults, retry_spec
 from service.line import WAITING, line_order, queue_entry
 from service.live import EventFeed, Feed, LogFeed, MetricFeed
 from service.plan import plan_prepare, plan_train
+from service.quotas import spec_faults
 from service.ray_backend import RayBackend, RayUnreachable
 from service.render import submission
+from service.replays import record_of, replayed
 from service.retention import gone, remove
-from service.rows import IdempotencyRecord, JobFilter, JobRow, NewEvent, Replay
+from service.rows import IdempotencyRecord, JobFilter, JobRow, NewEvent
 from service.run_reader import (
     LogReader,
     read_checkpoints,
@@ -80,7 +80,7 @@ class Jobs:
 
         `body` is the request as parsed, before defaults: the same idempotency key with another body is refused.
         """
-        record = _record(who, body, idempotency_key)
+        record = record_of(who, body, idempotency_key)
         if (job := self._replay(record)) is not None:
             return job, False
         return self._accept(who, spec, record, "job.submit")
@@ -115,20 +115,21 @@ class Jobs:
         """Put a paused job back into the line; Conflict if it is not paused, InvalidSpec if it cannot run so."""
         row = self._row(who, job_id)
         if workers is not None:
-            self._refuse_size(row, workers)
+            self._refuse_size(who, row, workers)
         change = who.change("job.resume", job_id, workers=workers)
         if not self._store.request_resume(job_id, workers, now(), change):
             raise Conflict(f"job {job_id} {_condition(self._row(who, job_id))}; there is no pause to end")
         return self.get(who, job_id)
 
-    def _refuse_size(self, row: JobRow, workers: int) -> None:
+    def _refuse_size(self, who: Principal, row: JobRow, workers: int) -> None:
         spec, nodes = row.parsed_spec, self._nodes()
-        why = None
+        beyond = [f for f in spec_faults(spec, who.project, self._quotas(who), workers) if f.path == "$.resources"]
+        why = beyond[0].message if beyond else None
         if isinstance(spec, TrainSpec) and not spec.can_run_with(workers):
             why = f"the job cannot run with {workers} workers: they must divide its {spec.micro_batches} micro-batches"
             why += " and be a power of two" if spec.determinism == "elastic" else ""
             why += f"; {_nearest_sizes(spec, workers)} would do"
-        elif nodes is not None:
+        elif why is None and nodes is not None:
             why = why_never(spec, nodes, workers)
         if why is not None:
             raise InvalidSpec(why, errors=[Fault(path="$.workers", message=why)])
@@ -138,7 +139,7 @@ class Jobs:
 
         One that was accepted before is answered whatever has become of the ended job since, and of the bucket.
         """
-        record = _record(who, {"retry": job_id}, idempotency_key)
+        record = record_of(who, {"retry": job_id}, idempotency_key)
         if (job := self._replay(record)) is not None:
             return job, False
         row = self._row(who, job_id)
@@ -264,7 +265,7 @@ class Jobs:
     def _replay(self, record: IdempotencyRecord | None) -> Job | None:
         """Return the job that the same request made before, from the database alone."""
         found = self._store.replay(record.principal, record.key) if record is not None else None
-        return None if record is None or found is None else _replayed(found, record)
+        return None if record is None or found is None else replayed(found, record)
 
     def _accept(
         self,
@@ -280,7 +281,7 @@ class Jobs:
             first = self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record, change)
         if first is not None:
             assert record is not None
-            return _replayed(first, record), False
+            return replayed(first, record), False
         return answer(job), True
 
     def _new_row(self, who: Principal, spec: TrainSpec | PrepareSpec, origin: CheckpointRef | None) -> JobRow:
@@ -339,6 +340,9 @@ class Jobs:
     def _plan(
         self, who: Principal, spec: TrainSpec | PrepareSpec, job_id: str, origin: CheckpointRef | None
     ) -> tuple[Plan, DatasetDocument | None]:
+        faults = spec_faults(spec, who.project, self._quotas(who))
+        if faults:
+            raise InvalidSpec(faults[0].message, errors=faults)
         nodes = self._nodes()
         posted = submission(spec, who.project, job_id, 1, self._settings)
         if isinstance(spec, PrepareSpec):
@@ -371,28 +375,15 @@ class Jobs:
         if faults:
             raise InvalidSpec(faults[0].message, errors=faults)
 
+    def _quotas(self, who: Principal) -> Quotas:
+        return self._store.quotas().get(who.project, Quotas())
+
     def _nodes(self) -> list[Node] | None:
         """Return the nodes that are there or may be added; None while Ray does not answer."""
         try:
             return with_addable(self._ray.nodes(), self._settings.addable_nodes)
         except RayUnreachable:
             return None
-
-
-def _record(who: Principal, body: Any, key: str | None) -> IdempotencyRecord | None:
-    """Return what is to be kept of a request with an idempotency key."""
-    if key is None:
-        return None
-    return IdempotencyRecord(who.key_id, key, hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
-
-
-def _replayed(found: Replay, record: IdempotencyRecord) -> Job:
-    if found.body_sha256 != record.body_sha256:
-        raise IdempotencyMismatch(
-            f"the idempotency key {record.key!r} was used for another request, which made {found.job.id}; "
-            "use a new key for a new job"
-        )
-    return answer(found.job)
 
 
 def _condition(row: JobRow) -> str:

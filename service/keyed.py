@@ -9,10 +9,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
-from api.errors import Fault, Forbidden, InvalidSpec, Unauthorized, Unavailable
+from api.errors import Fault, Forbidden, InvalidSpec, RateLimited, Unauthorized, Unavailable
 from api.tenants import Role
 from service.auth import Principal, authenticate
+from service.bounds import refuse_depth
 from service.problems import problem_responses, request_id
+from service.rates import Limiter
 
 _ROLE = "x-role"
 VIEWER, SUBMITTER, ADMIN = ({_ROLE: role.value} for role in Role)
@@ -26,9 +28,11 @@ class KeyedRoute(APIRoute):
         handle, needed = super().get_route_handler(), role_needed(self)
 
         async def keyed(request: Request) -> Response:
-            who = await run_in_threadpool(principal, request)
+            who = await run_in_threadpool(admitted, request)
             if not who.role.covers(needed):
                 raise Forbidden(f"this API key is of the role {who.role}; this needs the role {needed}")
+            if request.method in ("POST", "PUT"):
+                refuse_depth(await request.body())
             request.state.principal = who
             return await handle(request)
 
@@ -41,6 +45,26 @@ def role_needed(route: APIRoute) -> Role:
     if declared is None:
         raise TypeError(f"{route.path} says no role: give it openapi_extra=VIEWER, SUBMITTER or ADMIN")
     return Role(declared)
+
+
+def admitted(request: Request) -> Principal:
+    """Who asks, unless too often: keys count for themselves, what is no key counts by its address."""
+    try:
+        who = principal(request)
+    except Unauthorized:
+        address = request.client.host if request.client is not None else ""
+        _count(request, request.app.state.strangers, address, f"too many requests without a valid key from {address}")
+        raise
+    _count(request, request.app.state.rates, who.key_id, "too many requests with this API key")
+    return who
+
+
+def _count(request: Request, limiter: Limiter, name: str, complaint: str) -> None:
+    """Count a request, and have its answer say how many more may follow; RateLimited if it is one too many."""
+    verdict = limiter.take(name)
+    request.state.answer_headers = limiter.headers(verdict)
+    if not verdict.allowed:
+        raise RateLimited(f"{complaint}; wait {verdict.wait} s", retry_after=verdict.wait)
 
 
 def principal(request: Request) -> Principal:
@@ -67,7 +91,7 @@ def keyed_router() -> APIRouter:
         prefix="/v1",
         route_class=KeyedRoute,
         dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key")), Depends(known_parameters)],
-        responses=problem_responses(Unauthorized, Forbidden, InvalidSpec, Unavailable),
+        responses=problem_responses(Unauthorized, Forbidden, InvalidSpec, RateLimited, Unavailable),
     )
 
 

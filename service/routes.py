@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import Body, Depends, Header, Path, Query, Request, Response
 from pydantic import Field
 
-from api.errors import BadRequest, Conflict, NotFound, TooLarge
+from api.errors import BadRequest, Conflict, NotFound, QuotaExceeded, TooLarge
 from api.jobs import (
     CancelRequest,
     Checkpoint,
@@ -27,7 +27,7 @@ from api.names import JOB_ID, Name
 from api.spec import JobSpec, LabelFilter
 from service.download import LINES, Download, Lines
 from service.jobs import Jobs
-from service.keyed import SUBMITTER, VIEWER, Limit, Who, keyed_router, principal
+from service.keyed import SUBMITTER, VIEWER, Limit, Who, keyed_router, principal, who
 from service.live import EVENT_ID, METRIC_ID, Feed
 from service.problems import problem_responses
 from service.rows import JobFilter
@@ -82,7 +82,7 @@ def streams_wanted(request: Request) -> bool:
 def stream(request: Request, feed: Feed, reads_bucket: bool = True) -> Response:
     """Answer with a live stream, for as long as the key is valid."""
     streams: Streams = request.app.state.streams
-    return streams.answer(feed, partial(principal, request), reads_bucket)
+    return streams.answer(feed, partial(principal, request), reads_bucket, who(request).key_id)
 
 
 def key_and_value(label: str) -> tuple[str, str | None]:
@@ -106,7 +106,7 @@ router = keyed_router()
     response_model=Job | TrainPlan | PreparePlan,
     responses={
         200: {"model": Job | TrainPlan | PreparePlan, "description": "The same job again, or with dry_run the plan"},
-        **problem_responses(BadRequest, TooLarge),
+        **problem_responses(BadRequest, TooLarge, QuotaExceeded),
     },
     tags=["jobs"],
     openapi_extra=SUBMITTER,
@@ -204,7 +204,7 @@ def resume_job(who: Who, use: UseCases, job_id: JobId, how: ResumeRequest | None
     status_code=201,
     responses={
         200: {"model": Job, "description": "The same job again"},
-        **problem_responses(NotFound, Conflict),
+        **problem_responses(NotFound, Conflict, QuotaExceeded),
     },
     tags=["jobs"],
     openapi_extra=SUBMITTER,

@@ -8,9 +8,12 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from service.bounds import HEAD_BYTES
 from service.metrics import Measures
 from service.sse import Streams
 
+_HTTP: dict[str, Any] = {"http": "h11", "h11_max_incomplete_event_size": 2 * HEAD_BYTES}
+"""The parser that bounds a head while it arrives; up to that, the application answers in its own words."""
 _GRACE_SECONDS = 3
 """For requests to end by themselves when the server stops; then they are cut off."""
 
@@ -20,7 +23,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, host: str, port: int, metrics_port: int | None = None, **options: Any) -> None:
         super().__init__(
-            uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=_GRACE_SECONDS, ws="none", **options)
+            uvicorn.Config(
+                app, host=host, port=port, timeout_graceful_shutdown=_GRACE_SECONDS, ws="none", **_HTTP, **options
+            )
         )
         self._streams: Streams = app.state.streams
         self._measures: Measures = app.state.measures

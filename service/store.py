@@ -14,14 +14,14 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from api.documents import CheckpointRef, now
-from api.errors import Conflict
+from api.errors import Conflict, QuotaExceeded
 from api.jobs import ENDED, Event, JobState
 from api.tenants import Quotas
 from service.audit import Change
 from service.audit import record as note
 from service.rows import IdempotencyRecord, JobFilter, JobRow, Mark, NewEvent, Replay
 from service.tables import events, idempotency, jobs, marks, pins
-from service.tenants import read_quotas
+from service.tenants import admit, read_quotas
 
 _ENDED = [state.value for state in ENDED]
 
@@ -43,10 +43,11 @@ class Store:
         """Insert a job, its first event, its idempotency record and the pin of what it begins at, all or nothing.
 
         Returns None, or the replay if another request with the same key was first. Conflict if the checkpoint that the
-        job begins at has just been given up.
+        job begins at has just been given up, or the project is archived; QuotaExceeded if it may have no further job.
         """
         try:
             with self._writer.begin() as connection:
+                admit(connection, job.project, job.created_at)
                 connection.execute(jobs.insert().values(**dataclasses.asdict(job)))
                 if job.init is not None:
                     self._pin_origin(connection, job.id, CheckpointRef.model_validate(job.init))
@@ -56,7 +57,7 @@ class Store:
                         idempotency.insert().values(**dataclasses.asdict(record), job_id=job.id, created_at=now())
                     )
                 note(connection, change)
-        except IntegrityError:
+        except (IntegrityError, QuotaExceeded):
             if record is None or (replay := self.replay(record.principal, record.key)) is None:
                 raise
             return replay

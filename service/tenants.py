@@ -1,6 +1,5 @@
 """Projects, their members and their API keys in the database. Every change is in the audit log."""
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
@@ -8,40 +7,15 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from api.documents import now
 from api.errors import Conflict, Fault, InvalidSpec, NotFound
-from api.jobs import ENDED
+from api.jobs import ENDED, JobState
 from api.tenants import ApiKey, AuditEntry, KeyRequest, Member, Quotas, Role
 from service.audit import Author, read_audit, record
+from service.quotas import refuse_more_jobs
+from service.rows import StoredKey, StoredProject
 from service.tables import api_keys, jobs, members, projects
 
 _KEY = [api_keys.c[name] for name in ApiKey.model_fields]
 """What may be shown of a key."""
-
-
-@dataclass(frozen=True)
-class StoredKey:
-    """An API key as it is looked up, with what its project and its member say of it."""
-
-    id: str
-    project: str
-    role: Role
-    member: str | None
-    member_role: Role | None
-    """Of its member at present; None if it has none, or that one is not there any more."""
-    archived: bool
-    expires_at: datetime | None
-    revoked_at: datetime | None
-    last_used_at: datetime | None
-
-
-@dataclass(frozen=True)
-class StoredProject:
-    name: str
-    created_at: datetime
-    archived_at: datetime | None
-    quotas: Quotas
-    used_bytes: int | None
-    """When it was last measured."""
-    measured_at: datetime | None
 
 
 class Tenants:
@@ -201,6 +175,23 @@ def read_quotas(connection: sa.Connection) -> dict[str, Quotas]:
     """Return the quotas of every project that has any."""
     found = {row["name"]: _stored(row).quotas for row in connection.execute(sa.select(projects)).mappings()}
     return {name: quotas for name, quotas in found.items() if quotas != Quotas()}
+
+
+def admit(connection: sa.Connection, project: str, at: datetime) -> None:
+    """QuotaExceeded if a project may have no further job; Conflict if it is archived. Nobody else decides meanwhile."""
+    found = _lock(connection, project)
+    if found.archived_at is not None:
+        raise Conflict(f"project {project} is archived")
+    if found.quotas == Quotas():
+        return
+    waits = sa.select(sa.func.count()).where(
+        jobs.c.project == project, jobs.c.state == JobState.QUEUED.value, jobs.c.deleted_at.is_(None)
+    )
+    newest = sa.select(jobs.c.created_at).where(jobs.c.project == project).order_by(jobs.c.id.desc())
+    since = None
+    if found.quotas.jobs_per_day is not None:
+        since = connection.execute(newest.offset(found.quotas.jobs_per_day - 1).limit(1)).scalar_one_or_none()
+    refuse_more_jobs(found, connection.execute(waits).scalar_one(), since, at)
 
 
 def _lock(connection: sa.Connection, project: str) -> StoredProject:

@@ -34,12 +34,14 @@ from api.jobs import JobState, Progress, Reason
 from api.layout import JobLayout, chunk
 from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
 from api.storage import Bucket, ObjectInfo
+from service.audit import OPERATOR
 from service.database import make_engine, migrate
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
 from service.rows import JobRow, NewEvent
 from service.settings import Settings
 from service.store import Store
+from service.tenants import Tenants
 
 Hook = Callable[[str], None]
 """Called with the name of each side effect, before and after it; may raise."""
@@ -229,9 +231,13 @@ ACCEPTED = NewEvent("state", "accepted", JobState.QUEUED)
 
 @cache
 def _empty_database() -> bytes:
-    """A migrated database, made once: migrations take longer than most tests."""
+    """A migrated database with a second project, made once: migrations take longer than most tests."""
     with TemporaryDirectory() as folder:
-        migrate(f"sqlite:///{folder}/empty.db")
+        url = f"sqlite:///{folder}/empty.db"
+        migrate(url)
+        engine = make_engine(url)
+        Tenants(engine).create_project("another", OPERATOR)
+        engine.dispose()
         return Path(folder, "empty.db").read_bytes()
 
 
@@ -243,7 +249,8 @@ def new_store(folder: Path) -> Store:
 
 def settings_for(folder: Path, **fields: Any) -> Settings:
     """Return settings of which nothing comes from the environment of whoever runs the tests."""
-    defaults = {"database_url": f"sqlite:///{folder / 'lockstep.db'}", "storage": "s3://memory/root"}
+    defaults: dict[str, Any] = {"database_url": f"sqlite:///{folder / 'lockstep.db'}", "storage": "s3://memory/root"}
+    defaults |= {"rate_per_minute": 1e9, "rate_burst": 10**9, "stranger_rate_per_minute": 1e6}
     return Settings(**{**defaults, **fields})
 
 

@@ -35,6 +35,7 @@ from service.architectures import model_tensors
 from service.auth import create_key
 from service.database import make_engine
 from service.jobs import Jobs
+from service.rates import Limiter, Rate
 from service.rows import NewEvent
 from service.run_reader import read_logs
 from service.sse import Streams
@@ -199,6 +200,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     APP.state.tenants = made.tenants
     APP.state.jobs = Jobs(made.store, made.bucket, APP.state.ray, made.settings)
     APP.state.streams = Streams(0.01, 1.0)
+    APP.state.rates = APP.state.strangers = Limiter(Rate(1e9, 10**9))
     yield made
     made.engine.dispose()
 

@@ -18,7 +18,7 @@ from service.auth import authenticate, create_key
 from service.database import make_engine, migrate
 from service.rows import IdempotencyRecord, JobFilter, NewEvent
 from service.store import Store
-from service.tables import metadata
+from service.tables import metadata, projects
 from service.tenants import Tenants
 from tests.fakes import ACCEPTED, T0, job_id, new_store, row
 
@@ -46,6 +46,7 @@ def emptied(engine: sa.Engine) -> Store:
     with engine.begin() as connection:
         for table in reversed(metadata.sorted_tables):
             connection.execute(table.delete())
+        connection.execute(projects.insert().values(name="default", created_at=T0))
     return Store(engine)
 
 
