@@ -54,6 +54,7 @@ from .jobs import (
 )
 from .json_values import beyond_json
 from .live import EVENT_KINDS, LOG_KINDS, LONGEST_PAUSE, METRIC_KINDS, Kinds, Stream
+from .project_client import ProjectClient
 from .spec import PrepareSpec, TrainSpec
 from .sse import MEDIA_TYPE
 from .verification import ShowChecking, Verification, read_verification
@@ -109,6 +110,8 @@ class Client:
         self.url = url.rstrip("/")
         self.last_answer = b""
         """Body of the newest answer, byte for byte, for programs that want all that the API said."""
+        self.project = ProjectClient(self)
+        """The project that the key opens."""
         self._sleep = sleep
         self._clock = clock
         self._timeout = timeout

@@ -78,7 +78,8 @@ def authenticate(tenants: Tenants, authorization: str | None) -> Principal:
             "this API key is not valid; a project admin makes one, or an operator: `lockstep-server keys create`"
         )
     if (why := why_not(found, at)) is not None:
-        raise Unauthorized(f"this API key {why}; ask an admin of the project for another one")
+        advice = "an operator can restore it" if found.archived else "ask an admin of the project for another one"
+        raise Unauthorized(f"this API key {why}; {advice}")
     if found.last_used_at is None or at - found.last_used_at >= _TOUCH:
         tenants.touch_key(found.id, at)
     return Principal(found.id, found.project, role_of(found), found.member)

@@ -13,6 +13,7 @@ from api.errors import LockstepError
 from api.layout import PROJECT
 from api.names import NAME
 from api.tenants import MEMBER, KeyRequest, Quotas, Role
+from api.words import seconds
 
 if TYPE_CHECKING:
     from service.audit import Author
@@ -25,7 +26,6 @@ keys = typer.Typer(help="API keys.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="PROJECT", help="The project's name.")]
 InProject = Annotated[str, typer.Option("--project", help="The project's name.")]
 MemberName = Annotated[str, typer.Argument(metavar="MEMBER", help="A user name or an e-mail address.")]
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 @projects.command("create")
@@ -157,11 +157,10 @@ def revoke_key(key_id: str) -> None:
 
 
 def _seconds(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not re.fullmatch(r"\d{1,9}[smhd]", text):
-        _give_up(f"{text[:60]!r} is no duration; write a number and s, m, h or d, such as 90d")
-    return int(text[:-1]) * _UNITS[text[-1]]
+    try:
+        return None if text is None else seconds(text)
+    except ValueError as error:
+        _give_up(str(error))
 
 
 @contextmanager
