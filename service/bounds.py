@@ -6,8 +6,8 @@ from starlette.types import Scope
 
 from api.errors import BadRequest, HeadersTooLarge
 
-HEAD_BYTES = 64 * 1024
-"""Path, query and headers; the longest cursor of a log takes most of that."""
+HEAD_BYTES = 160 * 1024
+"""Path, query and headers. The longest cursor of a log is 64 KiB, and may come as a parameter and as a header."""
 DEPTH = 32
 """Levels of a JSON body. A job spec has 5."""
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)

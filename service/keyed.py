@@ -9,7 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
-from api.errors import Fault, Forbidden, InvalidSpec, RateLimited, Unauthorized, Unavailable
+from api.errors import Fault, Forbidden, HeadersTooLarge, InvalidSpec, RateLimited, Unauthorized, Unavailable
 from api.tenants import Role
 from service.auth import Principal, authenticate
 from service.bounds import refuse_depth
@@ -91,7 +91,7 @@ def keyed_router() -> APIRouter:
         prefix="/v1",
         route_class=KeyedRoute,
         dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key")), Depends(known_parameters)],
-        responses=problem_responses(Unauthorized, Forbidden, InvalidSpec, RateLimited, Unavailable),
+        responses=problem_responses(Unauthorized, Forbidden, InvalidSpec, RateLimited, HeadersTooLarge, Unavailable),
     )
 
 
