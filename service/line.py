@@ -32,7 +32,8 @@ def take_turns(
     policy = SchedulePolicy(reservation_age=settings.reservation_age, resize_interval=settings.resize_interval)
     claims = [found for job in live if (found := claim(job)) is not None]
     plan = schedule(claims, with_addable(nodes, settings.addable_nodes), now, policy, quotas)
-    return {found.job_id: _turn(found.job_id, plan) for found in claims}
+    projects = {found.job_id: found.project for found in claims}
+    return {found.job_id: _turn(found.job_id, plan, projects) for found in claims}
 
 
 def lasting(
@@ -83,11 +84,13 @@ def sizes(spec: TrainSpec | PrepareSpec, wanted: int | None) -> tuple[int, ...]:
     return (wanted,) if wanted is not None else tuple(spec.sizes)
 
 
-def _turn(job_id: str, plan: Schedule) -> Turn:
-    waiting = plan.waits.get(job_id)
+def _turn(job_id: str, plan: Schedule, projects: Mapping[str, str]) -> Turn:
+    waiting, other = plan.waits.get(job_id), plan.preempts.get(job_id)
+    if other is not None and projects[other] != projects[job_id]:
+        other = "a job of higher priority in another project"  # whose id is nobody's business here
     return Turn(
         workers=plan.starts.get(job_id, plan.resizes.get(job_id)),
-        make_way_for=plan.preempts.get(job_id),
+        make_way_for=other,
         stranded=job_id in plan.stranded,
         wait=waiting.message if waiting is not None else "",
     )

@@ -128,6 +128,10 @@ def test_a_member_of_the_same_name_is_another_one(two: Two) -> None:
     assert two.stranger.put("/v1/project/members/ada", json={"role": "admin"}).json()["role"] == "admin"
     [ada] = two.service.tenants.members("default")
     assert ada.role is Role.SUBMITTER
+    theirs = create_key(two.service.tenants, KeyRequest(name="k", role=Role.ADMIN, member="ada"))
+    assert two.client(theirs).get("/v1/project").json()["role"] == "submitter"
+    assert two.stranger.delete("/v1/project/members/ada").status_code == 204
+    assert two.client(theirs).get("/v1/project").json()["role"] == "submitter"
 
 
 def test_a_new_key_opens_the_project_of_the_one_that_made_it(two: Two) -> None:
