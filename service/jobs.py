@@ -37,7 +37,7 @@ from api.names import new_job_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
 from api.tenants import Quotas
-from service.admission import Node, why_never, with_addable
+from service.admission import Node, with_addable
 from service.answers import answer
 from service.auth import Principal
 from service.export import PIN, File, find_checkpoint, held, no_checkpoint, open_file
@@ -49,6 +49,7 @@ from service.quotas import spec_faults
 from service.ray_backend import RayBackend, RayUnreachable
 from service.render import submission
 from service.replays import record_of, replayed
+from service.resize import why_not_with
 from service.retention import gone, remove
 from service.rows import IdempotencyRecord, JobFilter, JobRow, NewEvent
 from service.run_reader import (
@@ -115,24 +116,13 @@ class Jobs:
         """Put a paused job back into the line; Conflict if it is not paused, InvalidSpec if it cannot run so."""
         row = self._row(who, job_id)
         if workers is not None:
-            self._refuse_size(who, row, workers)
+            why = why_not_with(row.parsed_spec, workers, self._nodes(), who.project, self._quotas(who))
+            if why is not None:
+                raise InvalidSpec(why, errors=[Fault(path="$.workers", message=why)])
         change = who.change("job.resume", job_id, workers=workers)
         if not self._store.request_resume(job_id, workers, now(), change):
             raise Conflict(f"job {job_id} {_condition(self._row(who, job_id))}; there is no pause to end")
         return self.get(who, job_id)
-
-    def _refuse_size(self, who: Principal, row: JobRow, workers: int) -> None:
-        spec, nodes = row.parsed_spec, self._nodes()
-        beyond = [f for f in spec_faults(spec, who.project, self._quotas(who), workers) if f.path == "$.resources"]
-        why = beyond[0].message if beyond else None
-        if isinstance(spec, TrainSpec) and not spec.can_run_with(workers):
-            why = f"the job cannot run with {workers} workers: they must divide its {spec.micro_batches} micro-batches"
-            why += " and be a power of two" if spec.determinism == "elastic" else ""
-            why += f"; {_nearest_sizes(spec, workers)} would do"
-        elif why is None and nodes is not None:
-            why = why_never(spec, nodes, workers)
-        if why is not None:
-            raise InvalidSpec(why, errors=[Fault(path="$.workers", message=why)])
 
     def retry(self, who: Principal, job_id: str, idempotency_key: str | None) -> tuple[Job, bool]:
         """Accept a new job that goes on from an ended job's newest checkpoint; a terminal state is never left.
@@ -390,12 +380,6 @@ def _condition(row: JobRow) -> str:
     """Say where a job is, whatever has become of the wish to cancel it."""
     ended = JobState(row.state).ended
     return "is being cancelled" if row.cancel_requested and not ended else f"is {row.state}"
-
-
-def _nearest_sizes(spec: TrainSpec, workers: int) -> str:
-    """Return the numbers of workers next to one with which the job cannot run."""
-    fit = [n for n in range(1, spec.micro_batches + 1) if spec.can_run_with(n)]
-    return " or ".join(str(n) for n in (*[n for n in fit if n < workers][-1:], *[n for n in fit if n > workers][:1]))
 
 
 def _chosen(point: MetricPoint, keys: Sequence[str] | None, from_step: int) -> MetricPoint | None:

@@ -32,17 +32,22 @@ def use_of(project: StoredProject, live: Iterable[JobRow], submitted: int) -> Us
     )
 
 
-def spec_faults(spec: TrainSpec | PrepareSpec, project: str, quotas: Quotas, workers: int | None = None) -> list[Fault]:
-    """Return why a job is beyond a project's quotas whatever else runs. With so many workers; else with the fewest."""
+def spec_faults(spec: TrainSpec | PrepareSpec, project: str, quotas: Quotas) -> list[Fault]:
+    """Return why a job is beyond a project's quotas whatever else runs, with the fewest workers that it can do with."""
     faults = []
     if quotas.max_priority is not None and spec.priority > quotas.max_priority:
         words = f"project {project} may ask for a priority of {quotas.max_priority} at most, not {spec.priority}"
         faults.append(Fault(path="$.priority", message=words))
+    if (why := beyond_quota(spec, project, quotas)) is not None:
+        faults.append(Fault(path="$.resources", message=why))
+    return faults
+
+
+def beyond_quota(spec: TrainSpec | PrepareSpec, project: str, quotas: Quotas, workers: int | None = None) -> str | None:
+    """Say why a project could never run a job with so many workers, or with the fewest; None if it could."""
     group = bundles(spec, sizes(spec, workers)[0])
     why = never(project, quotas, Group(group[0], len(group)))
-    if why is not None:
-        faults.append(Fault(path="$.resources", message=f"the job needs {describe(group)}, but {why}"))
-    return faults
+    return None if why is None else f"the job needs {describe(group)}, but {why}"
 
 
 def refuse_more_jobs(project: StoredProject, queued: int, day_full_since: datetime | None, at: datetime) -> None:

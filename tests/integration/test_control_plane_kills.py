@@ -59,7 +59,7 @@ LIVE = 8
 CPUS = 6
 STEPS = 10
 LOST_REPLIES = 0.15
-CLOCKS = {"LOCKSTEP_RECONCILE_INTERVAL": "0.02", "LOCKSTEP_REQUEST_TIMEOUT": "2"}
+CLOCKS = {"LOCKSTEP_RECONCILE_INTERVAL": "0.02", "LOCKSTEP_REQUEST_TIMEOUT": "2", "LOCKSTEP_RATE_BURST": "1000000"}
 FIRST_SIGN = 20.0
 """Most seconds for which a kill waits for a control plane to take its first connection."""
 LATEST = 0.2
