@@ -53,13 +53,13 @@ bench: .venv/dev
 	$(BIN)/pytest tests/bench
 
 soak: .venv/dev
-	LOCKSTEP_SOAK=1 $(BIN)/pytest -m soak tests/integration tests/e2e
+	LOCKSTEP_SOAK=1 $(BIN)/pytest -m soak tests/unit tests/integration tests/e2e
 
 lock: .venv/dev
 	$(BIN)/python requirements/lock.py
 
 audit: .venv/dev
-	$(BIN)/pip-audit --strict --require-hashes --disable-pip -r requirements/service.lock -r requirements/workers.lock
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip -r requirements/service.lock -r requirements/workers.lock -r requirements/torch.lock
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -4,18 +4,19 @@ Exit codes: 0 done (or the job succeeded), 1 the job failed (or a checkpoint is 
 job was cancelled, 4 the control plane or its store did not answer or had an error of its own, 130 Ctrl-C.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console, RenderableType
+from rich.console import Console
 from typer.core import TyperGroup
 
 from . import __version__, lookup, profile, show, show_verification
+from .cli_base import Format, Output, open_client, print_answer
+from .cli_project import project
 from .client import Client, Update
 from .documents import now
 from .download import FILES, SaveError, all_or_none, bar, choose, refuse_existing
@@ -28,11 +29,6 @@ JOB_FAILED, BAD_REQUEST, JOB_CANCELLED, NO_SERVER, INTERRUPTED = 1, 2, 3, 4, 130
 DAMAGED = 1
 _END_CODES = {JobState.FAILED: JOB_FAILED, JobState.CANCELLED: JOB_CANCELLED}
 _VERDICT_CODES = {"well": 0, "damaged": DAMAGED, "gone": BAD_REQUEST, "unknown": NO_SERVER}
-
-
-class Output(StrEnum):
-    TABLE = "table"
-    JSON = "json"
 
 
 class _Commands(TyperGroup):
@@ -57,8 +53,8 @@ app = typer.Typer(
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, the beginning of it, or the job's name.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")]
-Format = Annotated[Output, typer.Option("--output", "-o", help="A table for people, the API's JSON for programs.")]
-Connect = Callable[[], Client]
+
+app.add_typer(project, name="project")
 
 
 def main() -> None:
@@ -98,16 +94,16 @@ def submit(
     if watch and dry_run:
         raise typer.BadParameter("--watch and --dry-run exclude each other: a dry run has nothing to watch")
     spec = read_spec(file)
-    with _client(ctx) as client:
+    with open_client(ctx) as client:
         if dry_run:
             plan = client.plan(spec)
-            return _print(client, output, lambda: show.plan(plan))
+            return print_answer(client, output, lambda: show.plan(plan))
         job = client.submit(spec, idempotency_key=idempotency_key)
         if watch:
             if output is Output.TABLE:
                 typer.echo(f"{file} → {job.id}")
             return _watch(client, job.id, output)
-        return _print(client, output, lambda: show.job_detail(job, now()))
+        return print_answer(client, output, lambda: show.job_detail(job, now()))
 
 
 @app.command("list")
@@ -126,9 +122,9 @@ def list_jobs(
     output: Format = Output.TABLE,
 ) -> None:
     """List jobs, newest first."""
-    with _client(ctx) as client:
+    with open_client(ctx) as client:
         page = client.list(state, name, limit, cursor, label)
-        _print(client, output, lambda: show.job_table(page.items, now()))
+        print_answer(client, output, lambda: show.job_table(page.items, now()))
     if page.next_cursor and output is Output.TABLE:
         typer.echo(f"There are more: --cursor {plain(page.next_cursor)}", err=True)
 
@@ -138,7 +134,7 @@ def show_job(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -
     """Show one job."""
     with _job(ctx, job_id) as (client, job_id):
         job = client.get(job_id)
-        _print(client, output, lambda: show.job_detail(job, now()))
+        print_answer(client, output, lambda: show.job_detail(job, now()))
 
 
 @app.command()
@@ -195,7 +191,7 @@ def metrics(
         if follow:
             return _follow_metrics(client.stream_metrics(job_id, chosen, from_step), chosen, output)
         page = client.metrics(job_id, chosen, from_step, max_points)
-        return _print(client, output, lambda: show.metrics_table(page.items, chosen))
+        return print_answer(client, output, lambda: show.metrics_table(page.items, chosen))
 
 
 @app.command()
@@ -218,14 +214,14 @@ def checkpoints(
 def _list_checkpoints(ctx: typer.Context, job_id: str, output: Output) -> None:
     with _job(ctx, job_id) as (client, job_id):
         page = client.checkpoints(job_id)
-        _print(client, output, lambda: show.checkpoints_table(page.items, now()))
+        print_answer(client, output, lambda: show.checkpoints_table(page.items, now()))
 
 
 def _verify(ctx: typer.Context, job_id: str, step: int | None, output: Output) -> None:
     with _job(ctx, job_id) as (client, job_id):
         with show_verification.bar(Console(stderr=True)) as progress:
             found = client.verify(job_id, step, progress)
-        _print(client, output, lambda: show_verification.verification(found))
+        print_answer(client, output, lambda: show_verification.verification(found))
     raise typer.Exit(_VERDICT_CODES[found.verdict])
 
 
@@ -303,15 +299,15 @@ def retry(ctx: typer.Context, job_id: JobId, output: Format = Output.TABLE) -> N
     """Submit a failed or cancelled job once more: a new job that goes on from its newest checkpoint."""
     with _job(ctx, job_id, only=True) as (client, job_id):
         job = client.retry(job_id)
-        _print(client, output, lambda: show.job_detail(job, now()))
+        print_answer(client, output, lambda: show.job_detail(job, now()))
 
 
 @app.command()
 def queue(ctx: typer.Context, output: Format = Output.TABLE) -> None:
     """Show the jobs that wait for their turn, and why."""
-    with _client(ctx) as client:
+    with open_client(ctx) as client:
         page = client.queue()
-        _print(client, output, lambda: show.queue_table(page.items, now()))
+        print_answer(client, output, lambda: show.queue_table(page.items, now()))
 
 
 def _answer_request(client: Client, job: Job, output: Output, sentence: str) -> None:
@@ -319,7 +315,7 @@ def _answer_request(client: Client, job: Job, output: Output, sentence: str) -> 
     if output is Output.TABLE and not job.state.ended:
         typer.echo(f"{sentence}: lockstep watch {job.id}")
     else:
-        _print(client, output, lambda: show.job_detail(job, now()))
+        print_answer(client, output, lambda: show.job_detail(job, now()))
 
 
 @app.command()
@@ -336,32 +332,18 @@ def delete(
         else:
             client.delete_checkpoint(job_id, checkpoint)
         what = job_id if checkpoint is None else f"the checkpoint of {job_id} at step {checkpoint}"
-        _print(client, output, lambda: plain(f"Deleted {what}."))
-
-
-@contextmanager
-def _client(ctx: typer.Context) -> Iterator[Client]:
-    make: Connect = ctx.obj
-    with make() as client:
-        yield client
+        print_answer(client, output, lambda: plain(f"Deleted {what}."))
 
 
 @contextmanager
 def _job(ctx: typer.Context, text: str, only: bool = False) -> Iterator[tuple[Client, str]]:
     """Connect and find the job that a text means; of several of one name the newest, or with `only` none."""
-    with _client(ctx) as client:
+    with open_client(ctx) as client:
         found = lookup.find_jobs(client, text)
         job_id = lookup.only(text, found) if only else found[0]
         if len(found) > 1:
             typer.echo(f"{plain(text)}: the newest of several, {job_id}. Before it: {', '.join(found[1:])}", err=True)
         yield client, job_id
-
-
-def _print(client: Client, output: Output, view: Callable[[], RenderableType]) -> None:
-    if output is Output.TABLE:
-        Console().print(view(), markup=False, highlight=False)
-    elif client.last_answer:
-        typer.echo(client.last_answer.decode().rstrip("\n"))
 
 
 def _watch(client: Client, job_id: str, output: Output) -> None:

@@ -33,6 +33,7 @@ from .errors import (
     InvalidSpec,
     NotFound,
     Problem,
+    RateLimited,
     Unavailable,
     Unreachable,
     api_error,
@@ -53,6 +54,7 @@ from .jobs import (
 )
 from .json_values import beyond_json
 from .live import EVENT_KINDS, LOG_KINDS, LONGEST_PAUSE, METRIC_KINDS, Kinds, Stream
+from .project_client import ProjectClient
 from .spec import PrepareSpec, TrainSpec
 from .sse import MEDIA_TYPE
 from .verification import ShowChecking, Verification, read_verification
@@ -108,6 +110,8 @@ class Client:
         self.url = url.rstrip("/")
         self.last_answer = b""
         """Body of the newest answer, byte for byte, for programs that want all that the API said."""
+        self.project = ProjectClient(self)
+        """The project that the key opens."""
         self._sleep = sleep
         self._clock = clock
         self._timeout = timeout
@@ -374,7 +378,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         patience: float = RETRY_SECONDS,
     ) -> httpx2.Response:
-        """Send until there is an answer other than 503, for at most `patience` seconds (0: send once)."""
+        """Send until there is an answer other than 503 or a rate limit, for at most `patience` seconds; 0: once."""
         began = self._clock()
         for attempt in count():
             try:
@@ -382,8 +386,10 @@ class Client:
                 if response.is_success:
                     return response
                 self._refuse(response)
-            except (Unreachable, Unavailable):
+            except (Unreachable, Unavailable, RateLimited) as error:
                 pause = min(0.2 * 2 ** min(attempt, 10), LONGEST_PAUSE)
+                if isinstance(error, RateLimited) and error.retry_after is not None:
+                    pause = max(pause, error.retry_after)
                 if self._clock() - began + pause > patience:
                     raise
                 self._sleep(pause)
@@ -437,7 +443,10 @@ class Client:
             raise kind(
                 f"{response.url} answered {status}, but not in the way of Lockstep. Is LOCKSTEP_URL right?"
             ) from None
-        raise api_error(problem)
+        found = api_error(problem)
+        wait = response.headers.get("retry-after", "")
+        found.retry_after = float(wait) if wait.isascii() and wait.isdigit() else None
+        raise found
 
 
 def _idempotency_key(given: str | None) -> str:

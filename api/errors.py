@@ -4,9 +4,13 @@ LockstepError
 ├── ApiError                    an answer of the API that is not a success
 │   ├── InvalidSpec             422: the faults are listed with their JSON paths
 │   ├── Unauthorized            401
+│   ├── Forbidden               403: the key's role does not allow it
 │   ├── NotFound                404
 │   ├── Conflict                409
 │   ├── TooLarge                413
+│   ├── HeadersTooLarge         431
+│   ├── QuotaExceeded           429: the project has all that it may have
+│   ├── RateLimited             429: too many requests
 │   └── Unavailable             503: try again later
 ├── Unreachable                 no answer at all
 ├── StorageError                the bucket
@@ -57,9 +61,18 @@ class ApiError(LockstepError):
     name: ClassVar[str] = "internal-error"
     title: ClassVar[str] = "Something went wrong on our side"
 
-    def __init__(self, detail: str, *, errors: list[Fault] | None = None, request_id: str = "") -> None:
+    def __init__(
+        self,
+        detail: str,
+        *,
+        errors: list[Fault] | None = None,
+        request_id: str = "",
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(detail)
         self.detail = detail
+        self.retry_after = retry_after
+        """In how many seconds it may go better, where that is known."""
         self.errors = errors or []
         self.request_id = request_id
 
@@ -98,6 +111,12 @@ class Unauthorized(ApiError):
     status, name, title = 401, "unauthorized", "An API key is needed"
 
 
+class Forbidden(ApiError):
+    """403: the key is valid, but its role does not allow this."""
+
+    status, name, title = 403, "forbidden", "The role of this API key does not allow this"
+
+
 class NotFound(ApiError):
     """404: no such thing, or none of yours."""
 
@@ -120,6 +139,24 @@ class TooLarge(ApiError):
     """413: the body is larger than any job spec."""
 
     status, name, title = 413, "too-large", "The request body is too large"
+
+
+class HeadersTooLarge(ApiError):
+    """431: the request's headers are larger than anything that this API knows."""
+
+    status, name, title = 431, "headers-too-large", "The request headers are too large"
+
+
+class QuotaExceeded(ApiError):
+    """429: the project has all that its quotas allow; nothing was changed."""
+
+    status, name, title = 429, "quota-exceeded", "The project's quota is used up"
+
+
+class RateLimited(ApiError):
+    """429: too many requests in a short time; nothing was done."""
+
+    status, name, title = 429, "rate-limited", "Too many requests"
 
 
 class Unavailable(ApiError):

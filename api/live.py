@@ -7,7 +7,7 @@ from typing import Generic, Self, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from . import __version__
-from .errors import InvalidData, Unavailable, Unreachable
+from .errors import InvalidData, RateLimited, Unavailable, Unreachable
 from .jobs import Event, LogLine, MetricPoint, Rewind, StreamError
 from .sse import Parser
 
@@ -71,7 +71,7 @@ class Stream(Generic[T_co]):
                 with self._connect(self.last_id) as pieces:
                     if (yield from self._of_one_connection(pieces, parser)):
                         return
-            except (Unreachable, Unavailable) as error:
+            except (Unreachable, Unavailable, RateLimited) as error:
                 trouble = str(error)
             now = self._clock()
             if broken_since is None or parser.alive:

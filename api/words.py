@@ -1,5 +1,6 @@
 """Figures and text as people read them in a terminal. Pure functions."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 
@@ -35,6 +36,16 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02}m"
     return f"{minutes}m {whole % 60:02}s" if minutes else f"{whole}s"
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def seconds(text: str) -> int:
+    """Read a time span as people write it, `12h` or `90d`; ValueError if it is none."""
+    if not re.fullmatch(r"[0-9]{1,9}[smhd]", text):
+        raise ValueError(f"{plain(text[:60])!r} is no duration; write a number and s, m, h or d, such as 90d")
+    return int(text[:-1]) * _SECONDS[text[-1]]
 
 
 _FORMATS: Mapping[str, Callable[[float], str]] = {

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from math import ceil
 
 from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
@@ -10,19 +11,22 @@ from starlette.types import Lifespan
 from api import __version__
 from api.errors import Problem
 from api.storage import Bucket, Timeouts
-from service import docs, health, problems, routes
+from service import docs, health, problems, project_routes, routes
 from service.auth import ensure_key
 from service.database import make_engine, migrate
 from service.guard import ANY_HOST, SafeHeaders, TrustedHosts, hosts_for
 from service.jobs import Jobs
 from service.leases import Leases
 from service.metrics import Measures
+from service.rates import Limiter, Rate
 from service.ray_backend import RayBackend
 from service.reconciler import Reconciler
 from service.retention import Retention
 from service.settings import Settings
 from service.sse import Streams
 from service.store import Store
+from service.tenants import Tenants
+from service.usage import Usage
 from service.watched import Watched
 
 DESCRIPTION = """
@@ -36,15 +40,16 @@ def create_app(settings: Settings) -> FastAPI:
     """Return the control plane, its database migrated and its reconciler started with the server."""
     migrate(settings.database_url)
     engine = make_engine(settings.database_url)
-    store = Store(engine)
+    store, tenants = Store(engine), Tenants(engine)
     if settings.bootstrap_key_path is not None:
-        ensure_key(store, settings.bootstrap_key_path)
+        ensure_key(tenants, settings.bootstrap_key_path)
     bucket = Bucket(settings.storage, Timeouts(connect=2.0, read=settings.storage_timeout, attempts=3))
     ray = RayBackend(settings.ray_address, settings.ray_token_path, settings.request_timeout)
     measures = Measures(store, lambda: health.look_at(health.checks_of(app.state)))
     leases = Leases(engine, settings.lease_seconds)
     reconciler = Reconciler(store, bucket, ray, settings, leases, measures.reconciled.note, measures.note_lost)
-    loops = (reconciler.loop, Retention(store, bucket, settings, leases, measures.retained.note).loop)
+    retention = Retention(store, bucket, settings, leases, measures.retained.note)
+    loops = (reconciler.loop, retention.loop, Usage(tenants, bucket, settings).loop)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,11 +65,16 @@ def create_app(settings: Settings) -> FastAPI:
 
     hosts = settings.trusted_hosts or hosts_for(settings.host)
     app = make_api(settings.max_body_bytes, lifespan, hosts)
-    app.state.store, app.state.bucket, app.state.ray = store, bucket, ray
+    app.state.store, app.state.tenants, app.state.bucket, app.state.ray = store, tenants, bucket, ray
     app.state.jobs = Jobs(store, bucket, ray, settings)
     app.state.measures = measures
-    app.state.streams = Streams(settings.live_interval, settings.live_keep_alive, settings.live_streams)
+    app.state.streams = Streams(
+        settings.live_interval, settings.live_keep_alive, settings.live_streams, settings.live_streams_per_key
+    )
     measures.watch_streams(app.state.streams)
+    app.state.rates = Limiter(Rate(settings.rate_per_minute / 60, settings.rate_burst))
+    strangers = settings.stranger_rate_per_minute
+    app.state.strangers = Limiter(Rate(strangers / 60, ceil(strangers)))
     app.add_middleware(Watched, measures=measures)
     return app
 
@@ -78,6 +88,7 @@ def make_api(
     )
     app.add_route("/docs", docs.show, include_in_schema=False)
     app.include_router(routes.router)
+    app.include_router(project_routes.router)
     app.include_router(health.router)
     # The last one added is the outermost.
     app.add_middleware(TrustedHosts, trusted=trusted_hosts)

@@ -1,48 +1,70 @@
-"""API keys: 256 random bits, shown once, stored as a hash. A key belongs to a project."""
+"""API keys: 256 random bits, shown once, stored as a hash. A key belongs to a project and has a role in it."""
 
 import hashlib
 import secrets
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+from api.documents import now
 from api.errors import LockstepError, Unauthorized
 from api.layout import PROJECT
-from service.store import Store
+from api.tenants import KeyRequest, NewApiKey, Role
+from service.audit import OPERATOR, Author, Change
+from service.rows import StoredKey
+from service.tenants import Tenants
 
-_PREFIX = "lk_"
+_MARK = "lk"
+"""How every key begins, so that scanners for leaked secrets find it."""
+_TOUCH = timedelta(minutes=1)
+"""Between two notes of a key's last use: reads must not become writes."""
 
 
 class KeyRevoked(LockstepError):
-    """A key that shall be valid was revoked."""
+    """A key that shall be valid is not."""
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks: the id of the API key, and the project that it opens."""
+    """Who asks: the id of the API key, the project that it opens, what it may do there and whose it is."""
 
     key_id: str
     project: str
+    role: Role = Role.VIEWER
+    member: str | None = None
+    request_id: str = ""
+
+    @property
+    def author(self) -> Author:
+        return Author(self.key_id, self.member, self.request_id)
+
+    def change(self, action: str, target: str, **details: Any) -> Change:
+        """Return what the audit log shall say of a change that this principal makes."""
+        return self.author.change(self.project, action, target, **details)
 
 
-def create_key(store: Store, name: str, key: str | None = None) -> tuple[str, str]:
-    """Make an API key (or adopt the given one) and return (id, key). The key cannot be read again."""
-    key = key or _PREFIX + secrets.token_urlsafe(32)
-    key_id = f"key-{secrets.token_hex(6)}"
-    store.insert_key(key_id, name, _digest(key), PROJECT)
-    return key_id, key
+def create_key(
+    tenants: Tenants, wanted: KeyRequest, project: str = PROJECT, by: Author = OPERATOR, key: str | None = None
+) -> NewApiKey:
+    """Make an API key, or adopt the given one. The key cannot be read again."""
+    prefix = None if key else f"{_MARK}_{secrets.token_hex(4)}"
+    key = key or f"{prefix}_{secrets.token_urlsafe(32)}"
+    made = tenants.insert_key(f"key-{secrets.token_hex(6)}", project, wanted, prefix, _digest(key), by)
+    return NewApiKey(**made.model_dump(), key=key)
 
 
-def ensure_key(store: Store, path: Path) -> None:
+def ensure_key(tenants: Tenants, path: Path) -> None:
     """Make sure that the key in a file is valid: how a local stack gives its own client access."""
     key = path.read_text().strip()
-    found = store.find_key(_digest(key))
+    found = tenants.find_key(_digest(key))
     if found is None:
-        create_key(store, "bootstrap", key)
-    elif found.revoked:
-        raise KeyRevoked(f"the API key in {path} was revoked; delete the file to get a new one")
+        create_key(tenants, KeyRequest(name="bootstrap", role=Role.ADMIN), key=key)
+    elif (why := why_not(found, now())) is not None:
+        raise KeyRevoked(f"the API key in {path} {why}; delete the file to get a new one")
 
 
-def authenticate(store: Store, authorization: str | None) -> Principal:
+def authenticate(tenants: Tenants, authorization: str | None) -> Principal:
     """Return who sends this `Authorization` header; Unauthorized if nobody we know.
 
     The look-up is by hash of 256 random bits, so its timing tells nothing about the key.
@@ -50,10 +72,36 @@ def authenticate(store: Store, authorization: str | None) -> Principal:
     scheme, _, key = (authorization or "").partition(" ")
     if scheme.lower() != "bearer" or not key:
         raise Unauthorized("send your API key as `Authorization: Bearer <key>`")
-    found = store.find_key(_digest(key.strip()))
-    if found is None or found.revoked:
-        raise Unauthorized("this API key is not valid; an operator makes one with `lockstep-server keys create`")
-    return Principal(found.id, found.project)
+    found, at = tenants.find_key(_digest(key.strip())), now()
+    if found is None:
+        raise Unauthorized(
+            "this API key is not valid; a project admin makes one, or an operator: `lockstep-server keys create`"
+        )
+    if (why := why_not(found, at)) is not None:
+        advice = "an operator can restore it" if found.archived else "ask an admin of the project for another one"
+        raise Unauthorized(f"this API key {why}; {advice}")
+    if found.last_used_at is None or at - found.last_used_at >= _TOUCH:
+        tenants.touch_key(found.id, at)
+    return Principal(found.id, found.project, role_of(found), found.member)
+
+
+def why_not(key: StoredKey, at: datetime) -> str | None:
+    """Say why a key opens nothing; None if it does."""
+    if key.revoked_at is not None:
+        return "was revoked"
+    if key.expires_at is not None and key.expires_at <= at:
+        return f"expired at {key.expires_at:%F %T} UTC"
+    if key.archived:
+        return f"is of project {key.project}, which is archived"
+    if key.member is not None and key.member_role is None:
+        return f"is of {key.member}, who is not a member of project {key.project} any more"
+    return None
+
+
+def role_of(key: StoredKey) -> Role:
+    """Return what a key may do: its own role, and never more than that of the member whose it is."""
+    roles = [key.role] if key.member_role is None else [key.role, key.member_role]
+    return min(roles, key=list(Role).index)
 
 
 def _digest(key: str) -> str:

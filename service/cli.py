@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.cli_tenants import keys, members, projects
+
 if TYPE_CHECKING:
     from service.rebuild import Outcome
-    from service.store import Store
 
 app = typer.Typer(
     name="lockstep-server",
@@ -21,8 +22,8 @@ app = typer.Typer(
 )
 
 
-keys = typer.Typer(help="API keys.", no_args_is_help=True)
-app.add_typer(keys, name="keys")
+for name, group in (("projects", projects), ("members", members), ("keys", keys)):
+    app.add_typer(group, name=name)
 
 
 @app.command()
@@ -154,43 +155,6 @@ def run_demo() -> None:
     from service.demo import demo
 
     raise typer.Exit(demo())
-
-
-@keys.command("create")
-def create_key(name: Annotated[str, typer.Option(help="Whose key this is.")]) -> None:
-    """Make an API key and print it. It is stored as a hash: this is the only time it can be seen."""
-    from service.auth import create_key as create
-
-    key_id, key = create(_store(), name)
-    print(key)
-    print(f"{key_id}: shown this once; send it as `Authorization: Bearer <key>`", file=sys.stderr)
-
-
-@keys.command("list")
-def list_keys() -> None:
-    """List the API keys: ids and names, never the keys."""
-    for row in _store().api_keys():
-        state = f"revoked {row['revoked_at']:%F %T}" if row["revoked_at"] else "valid"
-        print(f"{row['id']}  {row['created_at']:%F %T}  {state:<27}  {row['name']}")
-
-
-@keys.command("revoke")
-def revoke_key(key_id: str) -> None:
-    """End an API key at once."""
-    if not _store().revoke_key(key_id):
-        print(f"there is no valid key {key_id}; `lockstep-server keys list` shows them", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-def _store() -> "Store":
-    from service.database import make_engine
-    from service.database import migrate as migrate_database
-    from service.settings import Settings
-    from service.store import Store
-
-    url = Settings().database_url
-    migrate_database(url)
-    return Store(make_engine(url))
 
 
 @contextmanager

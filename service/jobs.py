@@ -1,7 +1,5 @@
 """The use cases behind the routes: plan, submit, look, cancel, delete. No HTTP here."""
 
-import hashlib
-import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,7 +13,6 @@ from api.documents import CheckpointRef, DatasetDocument, Manifest, now
 from api.errors import (
     Conflict,
     Fault,
-    IdempotencyMismatch,
     InvalidData,
     InvalidSpec,
     NotFound,
@@ -39,7 +36,8 @@ from api.layout import JobLayout
 from api.names import new_job_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
-from service.admission import Node, why_never, with_addable
+from api.tenants import Quotas
+from service.admission import Node, with_addable
 from service.answers import answer
 from service.auth import Principal
 from service.export import PIN, File, find_checkpoint, held, no_checkpoint, open_file
@@ -48,10 +46,13 @@ from service.line import WAITING, line_order, queue_entry
 from service.links import links
 from service.live import EventFeed, Feed, LogFeed, MetricFeed
 from service.plan import plan_prepare, plan_train
+from service.quotas import spec_faults
 from service.ray_backend import RayBackend, RayUnreachable
 from service.render import submission
+from service.replays import record_of, replayed
+from service.resize import why_not_with
 from service.retention import gone, remove
-from service.rows import IdempotencyRecord, JobFilter, JobRow, NewEvent, Replay
+from service.rows import IdempotencyRecord, JobFilter, JobRow, NewEvent
 from service.run_reader import (
     LogReader,
     read_checkpoints,
@@ -81,10 +82,10 @@ class Jobs:
 
         `body` is the request as parsed, before defaults: the same idempotency key with another body is refused.
         """
-        record = _record(who, body, idempotency_key)
+        record = record_of(who, body, idempotency_key)
         if (job := self._replay(record)) is not None:
             return job, False
-        return self._accept(who, spec, record)
+        return self._accept(who, spec, record, "job.submit")
 
     def get(self, who: Principal, job_id: str) -> Job:
         return self._answer(who, self._row(who, job_id))
@@ -98,7 +99,8 @@ class Jobs:
     def cancel(self, who: Principal, job_id: str, keep_checkpoint: bool = False) -> Job:
         """Ask a job to stop; asking again is harmless. Conflict if it has ended otherwise."""
         row = self._row(who, job_id)
-        if not self._store.request_cancel(job_id, keep_checkpoint) and row.state != JobState.CANCELLED:
+        change = who.change("job.cancel", job_id, keep_checkpoint=keep_checkpoint)
+        if not self._store.request_cancel(job_id, keep_checkpoint, change) and row.state != JobState.CANCELLED:
             raise Conflict(f"job {job_id} has already {self._row(who, job_id).state}; it cannot be cancelled")
         return self.get(who, job_id)
 
@@ -107,7 +109,7 @@ class Jobs:
         row = self._row(who, job_id)
         if isinstance(row.parsed_spec, PrepareSpec):
             raise Conflict(f"job {job_id} is a preparation, which has no checkpoints; cancel it and submit it again")
-        if not self._store.request_pause(job_id):
+        if not self._store.request_pause(job_id, who.change("job.pause", job_id)):
             raise Conflict(f"job {job_id} {_condition(self._row(who, job_id))}; it cannot be paused")
         return self.get(who, job_id)
 
@@ -115,35 +117,26 @@ class Jobs:
         """Put a paused job back into the line; Conflict if it is not paused, InvalidSpec if it cannot run so."""
         row = self._row(who, job_id)
         if workers is not None:
-            self._refuse_size(row, workers)
-        if not self._store.request_resume(job_id, workers, now()):
+            why = why_not_with(row.parsed_spec, workers, self._nodes(), who.project, self._quotas(who))
+            if why is not None:
+                raise InvalidSpec(why, errors=[Fault(path="$.workers", message=why)])
+        change = who.change("job.resume", job_id, workers=workers)
+        if not self._store.request_resume(job_id, workers, now(), change):
             raise Conflict(f"job {job_id} {_condition(self._row(who, job_id))}; there is no pause to end")
         return self.get(who, job_id)
-
-    def _refuse_size(self, row: JobRow, workers: int) -> None:
-        spec, nodes = row.parsed_spec, self._nodes()
-        why = None
-        if isinstance(spec, TrainSpec) and not spec.can_run_with(workers):
-            why = f"the job cannot run with {workers} workers: they must divide its {spec.micro_batches} micro-batches"
-            why += " and be a power of two" if spec.determinism == "elastic" else ""
-            why += f"; {_nearest_sizes(spec, workers)} would do"
-        elif nodes is not None:
-            why = why_never(spec, nodes, workers)
-        if why is not None:
-            raise InvalidSpec(why, errors=[Fault(path="$.workers", message=why)])
 
     def retry(self, who: Principal, job_id: str, idempotency_key: str | None) -> tuple[Job, bool]:
         """Accept a new job that goes on from an ended job's newest checkpoint; a terminal state is never left.
 
         One that was accepted before is answered whatever has become of the ended job since, and of the bucket.
         """
-        record = _record(who, {"retry": job_id}, idempotency_key)
+        record = record_of(who, {"retry": job_id}, idempotency_key)
         if (job := self._replay(record)) is not None:
             return job, False
         row = self._row(who, job_id)
         if row.state not in (JobState.FAILED, JobState.CANCELLED):
             raise Conflict(f"job {job_id} is {row.state}; only one that failed or was cancelled can be retried")
-        return self._accept(who, self._once_more(who, row), record)
+        return self._accept(who, self._once_more(who, row), record, "job.retry", retry_of=job_id)
 
     def _once_more(self, who: Principal, row: JobRow) -> TrainSpec | PrepareSpec:
         if isinstance(row.parsed_spec, PrepareSpec):
@@ -160,7 +153,7 @@ class Jobs:
     def delete(self, who: Principal, job_id: str) -> None:
         """Bury an ended job: it is gone at once; its objects follow."""
         row = self._ended(who, job_id, "an ended job")
-        if self._store.apply(row, {"deleted_at": now()}) is None:
+        if self._store.apply(row, {"deleted_at": now()}, change=who.change("job.delete", job_id)) is None:
             raise Conflict(f"job {job_id} was changed at the same time; try again")
 
     def delete_checkpoint(self, who: Principal, job_id: str, step: int) -> None:
@@ -170,7 +163,8 @@ class Jobs:
         if found is None:
             raise no_checkpoint(job_id, step)
         at = CheckpointRef(segment=found.segment, step=step)
-        if not self._store.doom(row, at, now(), gone(at, "on request")):
+        change = who.change("checkpoint.delete", job_id, step=step, segment=at.segment)
+        if not self._store.doom(row, at, now(), gone(at, "on request"), change):
             raise Conflict(
                 f"the checkpoint of step {step} is being downloaded, or a live job began at it, or this job was "
                 "changed; try again"
@@ -265,17 +259,23 @@ class Jobs:
     def _replay(self, record: IdempotencyRecord | None) -> Job | None:
         """Return the job that the same request made before, from the database alone."""
         found = self._store.replay(record.principal, record.key) if record is not None else None
-        return None if record is None or found is None else _replayed(found, record)
+        return None if record is None or found is None else replayed(found, record)
 
     def _accept(
-        self, who: Principal, spec: TrainSpec | PrepareSpec, record: IdempotencyRecord | None
+        self,
+        who: Principal,
+        spec: TrainSpec | PrepareSpec,
+        record: IdempotencyRecord | None,
+        action: str,
+        **details: Any,
     ) -> tuple[Job, bool]:
         with self._holding_origin(who, spec) as origin:
             job = self._new_row(who, spec, origin)
-            first = self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record)
+            change = who.change(action, job.id, name=job.name, kind=spec.kind, **details)
+            first = self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record, change)
         if first is not None:
             assert record is not None
-            return _replayed(first, record), False
+            return replayed(first, record), False
         return answer(job), True
 
     def _new_row(self, who: Principal, spec: TrainSpec | PrepareSpec, origin: CheckpointRef | None) -> JobRow:
@@ -334,6 +334,9 @@ class Jobs:
     def _plan(
         self, who: Principal, spec: TrainSpec | PrepareSpec, job_id: str, origin: CheckpointRef | None
     ) -> tuple[Plan, DatasetDocument | None]:
+        faults = spec_faults(spec, who.project, self._quotas(who))
+        if faults:
+            raise InvalidSpec(faults[0].message, errors=faults)
         nodes = self._nodes()
         posted = submission(spec, who.project, job_id, 1, self._settings)
         if isinstance(spec, PrepareSpec):
@@ -366,6 +369,9 @@ class Jobs:
         if faults:
             raise InvalidSpec(faults[0].message, errors=faults)
 
+    def _quotas(self, who: Principal) -> Quotas:
+        return self._store.quotas().get(who.project, Quotas())
+
     def _nodes(self) -> list[Node] | None:
         """Return the nodes that are there or may be added; None while Ray does not answer."""
         try:
@@ -374,32 +380,10 @@ class Jobs:
             return None
 
 
-def _record(who: Principal, body: Any, key: str | None) -> IdempotencyRecord | None:
-    """Return what is to be kept of a request with an idempotency key."""
-    if key is None:
-        return None
-    return IdempotencyRecord(who.key_id, key, hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
-
-
-def _replayed(found: Replay, record: IdempotencyRecord) -> Job:
-    if found.body_sha256 != record.body_sha256:
-        raise IdempotencyMismatch(
-            f"the idempotency key {record.key!r} was used for another request, which made {found.job.id}; "
-            "use a new key for a new job"
-        )
-    return answer(found.job)
-
-
 def _condition(row: JobRow) -> str:
     """Say where a job is, whatever has become of the wish to cancel it."""
     ended = JobState(row.state).ended
     return "is being cancelled" if row.cancel_requested and not ended else f"is {row.state}"
-
-
-def _nearest_sizes(spec: TrainSpec, workers: int) -> str:
-    """Return the numbers of workers next to one with which the job cannot run."""
-    fit = [n for n in range(1, spec.micro_batches + 1) if spec.can_run_with(n)]
-    return " or ".join(str(n) for n in (*[n for n in fit if n < workers][-1:], *[n for n in fit if n > workers][:1]))
 
 
 def _chosen(point: MetricPoint, keys: Sequence[str] | None, from_step: int) -> MetricPoint | None:

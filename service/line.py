@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from api.jobs import JobState, QueueEntry
 from api.spec import PrepareSpec, TrainSpec
+from api.tenants import Quotas
 from service.admission import Node, bundles, needs, with_addable
 from service.lifecycle import Turn
 from service.logs import about
@@ -21,12 +22,19 @@ WAITING = (JobState.QUEUED, JobState.RECOVERING)
 _HOLD = (JobState.STARTING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING)
 
 
-def take_turns(live: Sequence[JobRow], nodes: Sequence[Node], settings: Settings, now: datetime) -> dict[str, Turn]:
-    """Return each job's turn in this pass, by id."""
+def take_turns(
+    live: Sequence[JobRow],
+    nodes: Sequence[Node],
+    settings: Settings,
+    now: datetime,
+    quotas: Mapping[str, Quotas] | None = None,
+) -> dict[str, Turn]:
+    """Return each job's turn in this pass, by id. `quotas`: by project."""
     policy = SchedulePolicy(reservation_age=settings.reservation_age, resize_interval=settings.resize_interval)
     claims = [found for job in live if (found := claim(job)) is not None]
-    plan = schedule(claims, with_addable(nodes, settings.addable_nodes), now, policy)
-    return {found.job_id: _turn(found.job_id, plan) for found in claims}
+    plan = schedule(claims, with_addable(nodes, settings.addable_nodes), now, policy, quotas)
+    projects = {found.job_id: found.project for found in claims}
+    return {found.job_id: _turn(found.job_id, plan, projects) for found in claims}
 
 
 def lasting(
@@ -67,6 +75,7 @@ def claim(job: JobRow) -> Claim | None:
         starting=state is JobState.STARTING,
         leaving=state in (JobState.PAUSING, JobState.CANCELLING),
         recovering_since=job.state_since if state is JobState.RECOVERING else None,
+        project=job.project,
     )
 
 
@@ -77,11 +86,13 @@ def sizes(spec: TrainSpec | PrepareSpec, wanted: int | None) -> tuple[int, ...]:
     return (wanted,) if wanted is not None else tuple(spec.sizes)
 
 
-def _turn(job_id: str, plan: Schedule) -> Turn:
-    waiting = plan.waits.get(job_id)
+def _turn(job_id: str, plan: Schedule, projects: Mapping[str, str]) -> Turn:
+    waiting, other = plan.waits.get(job_id), plan.preempts.get(job_id)
+    if other is not None and projects[other] != projects[job_id]:
+        other = "a job of higher priority in another project"  # whose id is nobody's business here
     return Turn(
         workers=plan.starts.get(job_id, plan.resizes.get(job_id)),
-        make_way_for=plan.preempts.get(job_id),
+        make_way_for=other,
         stranded=job_id in plan.stranded,
         wait=waiting.message if waiting is not None else "",
     )

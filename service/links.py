@@ -4,6 +4,7 @@ from urllib.parse import quote
 
 from api.jobs import Links
 from api.names import submission_id
+from api.tenants import Role
 from service.auth import Principal
 from service.rows import JobRow
 from service.settings import Settings
@@ -15,15 +16,10 @@ DASHBOARD = "lockstep-job"
 def links(who: Principal, row: JobRow, settings: Settings) -> Links | None:
     """Return the pages about a job, for who may see them, as far as it is configured where they are."""
     ray, grafana = settings.ray_dashboard_url, settings.grafana_url
-    if not _is_operator(who):
+    if not who.role.covers(Role.ADMIN):
         return None
     found = Links(
         ray=f"{ray}/#/jobs/{submission_id(row.id, row.attempt)}" if ray and row.attempt else None,
         grafana=f"{grafana}/d/{DASHBOARD}?var-job={quote(row.id)}" if grafana else None,
     )
     return found if found.ray or found.grafana else None
-
-
-def _is_operator(who: Principal) -> bool:
-    """Whether a key may know of pages beyond its own project. A key without a role is an operator's."""
-    return str(getattr(who, "role", "admin")) == "admin"

@@ -3,6 +3,7 @@
 import logging
 import re
 import secrets
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -26,6 +27,7 @@ from api.errors import (
     Unavailable,
     faults_of,
 )
+from service.bounds import head_fault
 from service.logs import about
 
 logger = logging.getLogger("lockstep.service")
@@ -33,6 +35,8 @@ logger = logging.getLogger("lockstep.service")
 MEDIA_TYPE = "application/problem+json"
 _SENTENCES = {404: "there is nothing at this path; see /docs", 405: "this path knows no such method; see /docs"}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_RETRY_AFTER = {503: 5.0}
+"""Seconds, where an error does not say it itself."""
 _BY_STATUS = {kind.status: kind for kind in (BadRequest, NotFound, MethodNotAllowed, TooLarge)}
 
 
@@ -69,8 +73,9 @@ def install(app: FastAPI) -> None:
 
 def answer(error: ApiError, request: str) -> JSONResponse:
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    if error.status == 503:
-        headers["Retry-After"] = "5"
+    wait = error.retry_after if error.retry_after is not None else _RETRY_AFTER.get(error.status)
+    if wait is not None:
+        headers["Retry-After"] = str(ceil(wait))
     body: Problem = error.problem(request)
     return JSONResponse(body.model_dump(mode="json"), error.status, headers, MEDIA_TYPE)
 
@@ -120,7 +125,8 @@ def _given_id(scope: Scope) -> str | None:
 
 class Edge:
     """The outermost layer: gives each request an id if it has none, cuts off a body that grows beyond the limit as it
-    arrives, and answers for what nobody expected."""
+    arrives, refuses a head that is too large, and answers for what nobody expected. The headers that a route left in
+    `state.answer_headers` go into the answer, also into one that tells of an error."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app, self._limit = app, max_body_bytes
@@ -137,10 +143,15 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request.encode())]
+                extra = {"X-Request-Id": request, **scope["state"].get("answer_headers", {})}
+                more = [(name.lower().encode(), value.encode()) for name, value in extra.items()]
+                message["headers"] = [*message["headers"], *more]
             await send(message)
 
         with about(request=request):
+            if (fault := head_fault(scope)) is not None:
+                await answer(fault, request)(scope, receive, send_with_id)
+                return
             try:
                 await self._app(scope, self._bounded(scope, receive), send_with_id)
             except _BodyTooLarge:

@@ -99,7 +99,7 @@ class Reconciler:
         ours = self._leases.share(job.id for job in (*live, *deleted))
         if live:
             cluster = observe_cluster(self._ray)
-            turns = take_turns(live, cluster.nodes, self._settings, now())
+            turns = take_turns(live, cluster.nodes, self._settings, now(), self._store.quotas())
             self._stranded, turns = lasting(self._stranded, turns, now())
             self._standstill.keep(ours)
             for job in live:

@@ -1,16 +1,13 @@
 """The routes: parse, call the use case, return. Every one under /v1 needs an API key."""
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Path, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
-from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
+from fastapi import Body, Depends, Header, Path, Query, Request, Response
 from pydantic import Field
 
-from api.errors import BadRequest, Conflict, Fault, InvalidSpec, NotFound, TooLarge, Unauthorized, Unavailable
+from api.errors import BadRequest, Conflict, NotFound, QuotaExceeded, TooLarge
 from api.jobs import (
     CancelRequest,
     Checkpoint,
@@ -28,9 +25,9 @@ from api.jobs import (
 )
 from api.names import JOB_ID, Name
 from api.spec import JobSpec, LabelFilter
-from service.auth import Principal, authenticate
 from service.download import LINES, Download, Lines
 from service.jobs import Jobs
+from service.keyed import SUBMITTER, VIEWER, Limit, Who, keyed_router, principal, who
 from service.live import EVENT_ID, METRIC_ID, Feed
 from service.problems import problem_responses
 from service.rows import JobFilter
@@ -65,11 +62,6 @@ EXAMPLES = {
 }
 
 
-def principal(request: Request) -> Principal:
-    """Who asks; 401 if nobody we know."""
-    return authenticate(request.app.state.store, request.headers.get("authorization"))
-
-
 def jobs(request: Request) -> Jobs:
     found: Jobs = request.app.state.jobs
     return found
@@ -90,7 +82,7 @@ def streams_wanted(request: Request) -> bool:
 def stream(request: Request, feed: Feed, reads_bucket: bool = True) -> Response:
     """Answer with a live stream, for as long as the key is valid."""
     streams: Streams = request.app.state.streams
-    return streams.answer(feed, partial(principal, request), reads_bucket)
+    return streams.answer(feed, partial(principal, request), reads_bucket, who(request).key_id)
 
 
 def key_and_value(label: str) -> tuple[str, str | None]:
@@ -99,46 +91,13 @@ def key_and_value(label: str) -> tuple[str, str | None]:
     return key, value if sign else None
 
 
-class KeyedRoute(APIRoute):
-    """A route that wants a key before all else: FastAPI reads and parses a body before any dependency."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def keyed(request: Request) -> Response:
-            request.state.principal = await run_in_threadpool(principal, request)
-            return await handle(request)
-
-        return keyed
-
-
-def who(request: Request) -> Principal:
-    found: Principal = request.state.principal
-    return found
-
-
-def known_parameters(request: Request) -> None:
-    """Refuse a query parameter that the route does not have: a misspelt `dry_run` must not submit a job."""
-    unknown = set(request.query_params) - {field.alias for field in request.scope["route"].dependant.query_params}
-    faults = [Fault(path=f"$.query.{name}", message="unknown parameter; see /docs") for name in sorted(unknown)]
-    if faults:
-        raise InvalidSpec(f"{faults[0].path}: {faults[0].message}", errors=faults)
-
-
-Who = Annotated[Principal, Depends(who)]
 UseCases = Annotated[Jobs, Depends(jobs)]
 LastEventId = Header(alias="Last-Event-ID", description="Of a live stream: the `id` of the message that came last")
 JobId = Annotated[str, Path(pattern=JOB_ID.pattern, description="A job's id", examples=["job-01m9zq1x0p5w6f3k2v8n"])]
 Step = Annotated[int, Path(ge=0, le=2**53, description="The checkpoint's step")]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
-Limit = Annotated[int, Query(ge=1, le=200, description="Most items of a page")]
 
-router = APIRouter(
-    prefix="/v1",
-    route_class=KeyedRoute,
-    dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key")), Depends(known_parameters)],
-    responses=problem_responses(Unauthorized, InvalidSpec, Unavailable),
-)
+router = keyed_router()
 
 
 @router.post(
@@ -147,9 +106,10 @@ router = APIRouter(
     response_model=Job | TrainPlan | PreparePlan,
     responses={
         200: {"model": Job | TrainPlan | PreparePlan, "description": "The same job again, or with dry_run the plan"},
-        **problem_responses(BadRequest, TooLarge),
+        **problem_responses(BadRequest, TooLarge, QuotaExceeded),
     },
     tags=["jobs"],
+    openapi_extra=SUBMITTER,
 )
 def submit(
     who: Who,
@@ -177,7 +137,7 @@ def accepted(response: Response, job: Job, new: bool) -> Job:
     return job
 
 
-@router.get("/jobs", tags=["jobs"])
+@router.get("/jobs", tags=["jobs"], openapi_extra=VIEWER)
 def list_jobs(
     who: Who,
     use: UseCases,
@@ -194,7 +154,7 @@ def list_jobs(
     return use.page(who, JobFilter(state, name, [key_and_value(text) for text in label]), limit, cursor)
 
 
-@router.get("/jobs/{job_id}", responses=problem_responses(NotFound), tags=["jobs"])
+@router.get("/jobs/{job_id}", responses=problem_responses(NotFound), tags=["jobs"], openapi_extra=VIEWER)
 def get_job(who: Who, use: UseCases, job_id: JobId) -> Job:
     """Show a job: state, progress, what it waits for, how it ended."""
     return use.get(who, job_id)
@@ -205,6 +165,7 @@ def get_job(who: Who, use: UseCases, job_id: JobId) -> Job:
     status_code=202,
     responses=problem_responses(BadRequest, NotFound, Conflict, TooLarge),
     tags=["jobs"],
+    openapi_extra=SUBMITTER,
 )
 def cancel_job(who: Who, use: UseCases, job_id: JobId, how: CancelRequest | None = None) -> Job:
     """Ask a job to stop. It stops within one step; asking again is harmless.
@@ -214,7 +175,13 @@ def cancel_job(who: Who, use: UseCases, job_id: JobId, how: CancelRequest | None
     return use.cancel(who, job_id, how is not None and how.keep_checkpoint)
 
 
-@router.post("/jobs/{job_id}/pause", status_code=202, responses=problem_responses(NotFound, Conflict), tags=["jobs"])
+@router.post(
+    "/jobs/{job_id}/pause",
+    status_code=202,
+    responses=problem_responses(NotFound, Conflict),
+    tags=["jobs"],
+    openapi_extra=SUBMITTER,
+)
 def pause_job(who: Who, use: UseCases, job_id: JobId) -> Job:
     """Ask a training to write a checkpoint and let go of its workers; asking again is harmless."""
     return use.pause(who, job_id)
@@ -225,6 +192,7 @@ def pause_job(who: Who, use: UseCases, job_id: JobId) -> Job:
     status_code=202,
     responses=problem_responses(BadRequest, NotFound, Conflict, TooLarge),
     tags=["jobs"],
+    openapi_extra=SUBMITTER,
 )
 def resume_job(who: Who, use: UseCases, job_id: JobId, how: ResumeRequest | None = None) -> Job:
     """Put a paused job back into the line, with the same number of workers or another one."""
@@ -236,9 +204,10 @@ def resume_job(who: Who, use: UseCases, job_id: JobId, how: ResumeRequest | None
     status_code=201,
     responses={
         200: {"model": Job, "description": "The same job again"},
-        **problem_responses(NotFound, Conflict),
+        **problem_responses(NotFound, Conflict, QuotaExceeded),
     },
     tags=["jobs"],
+    openapi_extra=SUBMITTER,
 )
 def retry_job(
     who: Who, use: UseCases, response: Response, job_id: JobId, idempotency_key: IdempotencyKey = None
@@ -247,13 +216,19 @@ def retry_job(
     return accepted(response, *use.retry(who, job_id, idempotency_key))
 
 
-@router.get("/queue", tags=["jobs"])
+@router.get("/queue", tags=["jobs"], openapi_extra=VIEWER)
 def show_queue(who: Who, use: UseCases) -> Page[QueueEntry]:
     """Show the jobs that wait for their turn, who is next first, and why each one waits."""
     return use.queue(who)
 
 
-@router.delete("/jobs/{job_id}", status_code=204, responses=problem_responses(NotFound, Conflict), tags=["jobs"])
+@router.delete(
+    "/jobs/{job_id}",
+    status_code=204,
+    responses=problem_responses(NotFound, Conflict),
+    tags=["jobs"],
+    openapi_extra=SUBMITTER,
+)
 def delete_job(who: Who, use: UseCases, job_id: JobId) -> None:
     """Delete an ended job and all that its run wrote. A dataset that it prepared stays."""
     use.delete(who, job_id)
@@ -264,6 +239,7 @@ def delete_job(who: Who, use: UseCases, job_id: JobId) -> None:
     response_model=Page[Event],
     responses={**stream_description("events"), **problem_responses(NotFound)},
     tags=["runs"],
+    openapi_extra=VIEWER,
 )
 def list_events(
     request: Request,
@@ -293,6 +269,7 @@ def list_events(
         **problem_responses(NotFound),
     },
     tags=["runs"],
+    openapi_extra=VIEWER,
 )
 def list_metrics(
     request: Request,
@@ -316,7 +293,7 @@ def list_metrics(
     return use.metrics(who, job_id, chosen, from_step, max_points)
 
 
-@router.get("/jobs/{job_id}/checkpoints", responses=problem_responses(NotFound), tags=["runs"])
+@router.get("/jobs/{job_id}/checkpoints", responses=problem_responses(NotFound), tags=["runs"], openapi_extra=VIEWER)
 def list_checkpoints(who: Who, use: UseCases, job_id: JobId) -> Page[Checkpoint]:
     """List the complete and verified checkpoints of a job, oldest first."""
     return use.checkpoints(who, job_id)
@@ -327,6 +304,7 @@ def list_checkpoints(who: Who, use: UseCases, job_id: JobId) -> Page[Checkpoint]
     status_code=204,
     responses=problem_responses(NotFound, Conflict),
     tags=["runs"],
+    openapi_extra=SUBMITTER,
 )
 def delete_checkpoint(who: Who, use: UseCases, job_id: JobId, step: Step) -> None:
     """Delete one checkpoint of an ended job, unless it is being downloaded, or a job that has not ended began at it."""
@@ -341,6 +319,7 @@ def delete_checkpoint(who: Who, use: UseCases, job_id: JobId, step: Step) -> Non
         **problem_responses(NotFound, Conflict),
     },
     tags=["runs"],
+    openapi_extra=VIEWER,
 )
 def download_file(who: Who, use: UseCases, job_id: JobId, step: Step, name: ModelFile) -> Response:
     """Download a checkpoint, a file at a time. In one folder, they are a model that other libraries load.
@@ -355,6 +334,7 @@ def download_file(who: Who, use: UseCases, job_id: JobId, step: Step, name: Mode
     response_class=Response,
     responses={**LINES, **problem_responses(NotFound)},
     tags=["runs"],
+    openapi_extra=VIEWER,
 )
 def verify_checkpoints(
     who: Who,
@@ -375,6 +355,7 @@ def verify_checkpoints(
     response_model=Page[LogLine],
     responses={**stream_description("lines"), **problem_responses(NotFound)},
     tags=["runs"],
+    openapi_extra=VIEWER,
 )
 def list_logs(
     request: Request,

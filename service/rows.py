@@ -9,6 +9,7 @@ from typing import Any, Literal
 from api.documents import CheckpointRef, now
 from api.jobs import JobState
 from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
+from api.tenants import Quotas, Role
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,30 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Key:
-    """An API key, as far as it is stored."""
+class StoredKey:
+    """An API key as it is looked up, with what its project and its member say of it."""
 
     id: str
     project: str
-    revoked: bool
+    role: Role
+    member: str | None
+    member_role: Role | None
+    """Of its member at present; None if it has none, or that one is not there any more."""
+    archived: bool
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+
+@dataclass(frozen=True)
+class StoredProject:
+    name: str
+    created_at: datetime
+    archived_at: datetime | None
+    quotas: Quotas
+    used_bytes: int | None
+    """When it was last measured."""
+    measured_at: datetime | None
 
 
 @dataclass(frozen=True)

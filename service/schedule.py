@@ -20,16 +20,21 @@ A be the jobs that R must wait for anyway: those that began before its reservati
    have helped R), so the cluster runs empty, and there R fits.
 
 So a job that nobody is ahead of starts at the latest two of the longest runs after its reservation began.
+
+A project's quotas come before the rooms. Whoever waits for one keeps no room and is passed by other projects; by its
+own, only until it would hold a reservation. What a job with a reservation needs of the quota is kept, too.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from service.admission import Node, Resources, amounts, describe
-
-Shape = tuple[int, frozenset[tuple[str, float]]]
-"""How many workers, and what each reserves."""
+from api.layout import PROJECT
+from api.tenants import Quotas
+from service.admission import Node, Resources, describe
+from service.allowance import Allowances
+from service.rooms import Group, Room, Shape, amount, exceeds, pieces
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,6 @@ class SchedulePolicy:
     """In the line, until a job that does not fit holds a reservation."""
     resize_interval: float
     """From the beginning of an attempt until it may be restarted with more workers."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Workers that run together; each reserves the same."""
-
-    bundle: Resources
-    workers: int
-
-    @property
-    def shape(self) -> Shape:
-        return self.workers, frozenset(self.bundle.items())
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,8 @@ class Claim:
     """It is being stopped: what it holds will be free soon."""
     recovering_since: datetime | None
     """It waits, but it ran until then; None if it is new in the line, or runs."""
+    project: str = PROJECT
+    """Whose quotas bind it."""
 
     def group(self, workers: int) -> Group:
         return Group(self.bundle, workers)
@@ -116,12 +111,20 @@ class Schedule:
     """Starting jobs for which there is no room any more: machines went before their workers came."""
 
 
-def schedule(claims: Sequence[Claim], nodes: Sequence[Node], now: datetime, policy: SchedulePolicy) -> Schedule:
+def schedule(
+    claims: Sequence[Claim],
+    nodes: Sequence[Node],
+    now: datetime,
+    policy: SchedulePolicy,
+    quotas: Mapping[str, Quotas] | None = None,
+) -> Schedule:
     """Return what to do about the jobs of the line and those that run. Pure; the order of `claims` does not matter.
+
+    `quotas`: by project; one that is not in it has none.
 
     What it starts holds its room until the next pass, whether or not the caller can begin the attempt at once.
     """
-    turn = _Pass([claim for claim in claims if claim.held], nodes, now, policy)
+    turn = _Pass([claim for claim in claims if claim.held], nodes, now, policy, quotas or {})
     for claim in sorted((claim for claim in claims if not claim.held), key=_line_order):
         turn.serve(claim)
     return Schedule(turn.starts, turn.waits, turn.preempts, turn.growth(), turn.stranded())
@@ -134,7 +137,14 @@ def _line_order(claim: Claim) -> tuple[int, bool, datetime, str]:
 class _Pass:
     """One walk along the line: what it has decided so far, and the rooms that follow from that."""
 
-    def __init__(self, held: Sequence[Claim], nodes: Sequence[Node], time: datetime, policy: SchedulePolicy) -> None:
+    def __init__(
+        self,
+        held: Sequence[Claim],
+        nodes: Sequence[Node],
+        time: datetime,
+        policy: SchedulePolicy,
+        quotas: Mapping[str, Quotas],
+    ) -> None:
         self.starts: dict[str, int] = {}
         self.waits: dict[str, Waiting] = {}
         self.preempts: dict[str, str] = {}
@@ -145,6 +155,11 @@ class _Pass:
         self._hopeless: set[Shape] = set()
         """For which no preemption makes room, nor will further down the line, where fewer jobs are lower."""
         self._ahead = self._reservations = 0
+        self._allowances = Allowances(quotas, ((claim.project, claim.group(claim.held)) for claim in held))
+        self._at_quota: Counter[str] = Counter()
+        """Jobs of each project that wait for its quota."""
+        self._closed: dict[str, str] = {}
+        """Projects of which nobody passes the job that has waited so long for the quota."""
         self._empty = Room.of(sorted(nodes, key=_node_order), {})
         now = self._empty.changed(add={claim.job_id: claim.group(claim.held) for claim in held})
         soon = now.changed(out=[claim.job_id for claim in self._leaving]) if self._leaving else now
@@ -152,28 +167,58 @@ class _Pass:
         """Now, soon and, while there is a reservation, later."""
 
     def serve(self, claim: Claim) -> None:
-        """Start the job with the largest of its sizes that every room takes; or else say what it waits for."""
+        """Start the job with the largest of its sizes that its quota and every room take; or say what it waits for."""
+        if (why := self._beyond_quota(claim)) is not None:
+            self._wait(claim, f"{claim.needs}; {why}")
+            self._at_quota[claim.project] += 1
+            return
         for workers in reversed(claim.sizes):
+            if not self._allowances.allow(claim.project, claim.group(workers)):
+                continue
             if (rooms := _add(self._rooms, claim, workers)) is not None:
                 self._rooms = rooms
                 self._promised.append(claim)
                 self.starts[claim.job_id] = workers
+                self._allowances.take(claim.project, claim.group(workers))
                 return
-        if self._empty.plus(claim.job_id, claim.least) is None:
-            message = f"{claim.needs}, but the whole cluster has {_amount(self._empty, claim.least)}"
-            self.waits[claim.job_id] = Waiting(message + _pieces(self._empty, claim.least), self._ahead)
+        if not self._is_possible(claim):
+            message = f"{claim.needs}, but the whole cluster has {amount(self._empty, claim.least)}"
+            self._wait(claim, message + pieces(self._empty, claim.least))
             return
         before = self._reservations
-        self.waits[claim.job_id] = Waiting(self._message(claim, self._hold(claim), before), self._ahead)
+        if hold := self._hold(claim):  # what it will take of its quota is not for a job behind it
+            self._allowances.take(claim.project, claim.least)
+        self._wait(claim, self._message(claim, hold, before))
         self._ahead += 1
+
+    def _wait(self, claim: Claim, message: str) -> None:
+        self.waits[claim.job_id] = Waiting(message, self._ahead + self._at_quota.total())
+
+    def _is_possible(self, claim: Claim) -> bool:
+        return self._empty.plus(claim.job_id, claim.least) is not None
+
+    def _beyond_quota(self, claim: Claim) -> str | None:
+        """Say why a job may not start, although there may be room; None if its project's quota allows it.
+
+        It keeps no room, and nobody of another project waits for it. Of its own, nobody passes it in the end.
+        """
+        if (first := self._closed.get(claim.project)) is not None:
+            return f"{first} is ahead and waits for the quota of project {claim.project}"
+        why = self._allowances.why_not(claim.project, claim.least)
+        if why is not None and self._aged(claim) and self._has_hope(claim):
+            self._closed[claim.project] = claim.job_id
+        return why
+
+    def _has_hope(self, claim: Claim) -> bool:
+        return self._allowances.ever(claim.project, claim.least) and self._is_possible(claim)
 
     def _message(self, claim: Claim, hold: str, reservations: int) -> str:
         """Say in numbers what a job waits for; `reservations` are those of jobs ahead."""
         now = self._rooms[0]
         passes = now.plus(claim.job_id, claim.least) is not None
-        message = f"{claim.needs}, {_amount(now, claim.least)} free"
+        message = f"{claim.needs}, {amount(now, claim.least)} free"
         if not passes:
-            message += _pieces(now, claim.least)
+            message += pieces(now, claim.least)
         if hold:
             message += f"; {hold}"
         if self._ahead:
@@ -189,12 +234,18 @@ class _Pass:
             self._promised.append(claim)
             self._reservations += 1
             return f"waits for {_jobs(len(self._leaving) + len(self.preempts))} to stop"
-        since = claim.recovering_since or claim.queued_at + timedelta(seconds=self._policy.reservation_age)
-        if since > self._time or len(self._rooms) > 2:
+        if not self._aged(claim) or len(self._rooms) > 2:
             return ""
-        self._rooms.append(self._later(claim, since))
+        self._rooms.append(self._later(claim, self._entitled(claim)))
         self._reservations += 1
         return "holds a reservation"
+
+    def _entitled(self, claim: Claim) -> datetime:
+        """Return from when on nobody passes a job for ever."""
+        return claim.recovering_since or claim.queued_at + timedelta(seconds=self._policy.reservation_age)
+
+    def _aged(self, claim: Claim) -> bool:
+        return self._entitled(claim) <= self._time
 
     def _later(self, claim: Claim, since: datetime) -> "Room":
         """Return the room of the reserved job and those that passed it."""
@@ -259,7 +310,7 @@ class _Pass:
         out = [claim.job_id for claim in starting if self._empty.plus(claim.job_id, claim.group(claim.held)) is None]
         for claim in starting:
             stay = [other.group(other.held) for other in held if other.job_id not in out]
-            if not _exceeds(stay, total):
+            if not exceeds(stay, total):
                 break
             if claim.job_id not in out:
                 out.append(claim.job_id)
@@ -267,52 +318,13 @@ class _Pass:
 
     def _larger(self, claim: Claim) -> int | None:
         now = self._rooms[0]
-        more = [size for size in reversed(claim.sizes) if size > claim.held]
-        return next((size for size in more if now.plus("more workers", claim.group(size - claim.held))), None)
+        more = [(size, claim.group(size - claim.held)) for size in reversed(claim.sizes) if size > claim.held]
+        allowed = [] if self._at_quota[claim.project] else more
+        allowed = [(size, group) for size, group in allowed if self._allowances.allow(claim.project, group)]
+        return next((size for size, group in allowed if now.plus("more workers", group)), None)
 
     def _began(self, claim: Claim) -> datetime:
         return claim.began_at or self._time
-
-
-@dataclass(frozen=True)
-class Room:
-    """Groups on nodes, and what they leave free of each node; `free` is None if they do not fit together."""
-
-    nodes: Sequence[Node]
-    groups: Mapping[str, Group]
-    free: Sequence[Resources] | None
-    refused: set[Shape] = field(default_factory=set, compare=False)
-    """Shapes of groups that were tried and did not fit: to place all anew takes time."""
-
-    @classmethod
-    def of(cls, nodes: Sequence[Node], groups: Mapping[str, Group]) -> "Room":
-        """Place every group, largest worker first."""
-        total = [node.total for node in nodes]
-        free: Sequence[Resources] | None = None if _exceeds(groups.values(), total) else total
-        for group in sorted(_merged(groups.values()), key=_size_order):
-            free = _put(free, group) if free is not None else None
-        return cls(nodes, groups, free)
-
-    @property
-    def stands(self) -> bool:
-        return self.free is not None
-
-    def plus(self, name: str, group: Group) -> "Room | None":
-        """Return the room with one more group, in what is free or else with all placed anew; None if it has no room."""
-        if self.free is None or group.shape in self.refused or _exceeds([group], self.free):
-            return None
-        if (free := _put(self.free, group)) is not None:
-            return Room(self.nodes, {**self.groups, name: group}, free)
-        if (anew := self.changed(add={name: group})).stands:
-            return anew
-        self.refused.add(group.shape)
-        return None
-
-    def changed(self, out: Iterable[str] = (), add: Mapping[str, Group] | None = None) -> "Room":
-        """Return a room with some groups out and others in, all placed anew."""
-        gone = set(out)
-        stay = {name: group for name, group in self.groups.items() if name not in gone}
-        return Room.of(self.nodes, {**stay, **(add or {})})
 
 
 def _add(rooms: Sequence[Room], claim: Claim, workers: int) -> list[Room] | None:
@@ -326,62 +338,9 @@ def _add(rooms: Sequence[Room], claim: Claim, workers: int) -> list[Room] | None
     return more
 
 
-def _put(free: Sequence[Resources], group: Group) -> list[Resources] | None:
-    """Return what is left of each node after placing a group, first fit; None if it does not fit."""
-    rest, todo = list(free), group.workers
-    for index, node in enumerate(free):
-        count = todo
-        for name, amount in group.bundle.items():
-            if (has := node.get(name, 0.0)) < amount:
-                break
-            if amount and has < count * amount:
-                count = int(has // amount)
-        else:
-            used = {name: node.get(name, 0.0) - count * amount for name, amount in group.bundle.items()}
-            rest[index] = {**node, **used}
-            todo -= count
-            if not todo:
-                return rest
-    return None
-
-
-def _exceeds(groups: Iterable[Group], free: Sequence[Resources]) -> bool:
-    """Tell by the sum, which is quick, that groups cannot fit."""
-    need: dict[str, float] = {}
-    for group in groups:
-        for name, amount in group.bundle.items():
-            need[name] = need.get(name, 0.0) + amount * group.workers
-    return any(total > sum(node.get(name, 0.0) for node in free) for name, total in need.items())
-
-
 def _node_order(node: Node) -> tuple[float, float, float, str]:
     """Small nodes first, and those with GPUs last: whoever can do without a GPU leaves them alone, as Ray has it."""
     return node.total.get("GPU", 0), node.total.get("CPU", 0), node.total.get("memory", 0), node.id
-
-
-def _size_order(group: Group) -> tuple[float, float, float]:
-    return -group.bundle.get("GPU", 0), -group.bundle.get("CPU", 0), -group.bundle.get("memory", 0)
-
-
-def _merged(groups: Iterable[Group]) -> list[Group]:
-    """Return one group for all workers that reserve the same: where each goes is the same, and found faster."""
-    workers: dict[frozenset[tuple[str, float]], int] = {}
-    for group in groups:
-        bundle = frozenset(group.bundle.items())
-        workers[bundle] = workers.get(bundle, 0) + group.workers
-    return [Group(dict(bundle), count) for bundle, count in workers.items()]
-
-
-def _amount(room: Room, group: Group) -> str:
-    """Say how much a room has of what a group needs."""
-    if room.free is None:
-        return "nothing"
-    return amounts({name: node.get(name, 0.0) for name in group.bundle} for node in room.free)
-
-
-def _pieces(room: Room, group: Group) -> str:
-    """Say of a room that has enough in the sum for a group, which yet does not fit, why."""
-    return "" if room.free is None or _exceeds([group], room.free) else " in too small pieces"
 
 
 def _jobs(count: int) -> str:

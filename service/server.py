@@ -8,10 +8,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from service.bounds import HEAD_BYTES
 from service.metrics import Measures
 from service.settings import Settings
 from service.sse import Streams
 
+_HTTP: dict[str, Any] = {"http": "h11", "h11_max_incomplete_event_size": 2 * HEAD_BYTES}
+"""The parser that bounds a head while it arrives; up to that, the application answers in its own words."""
 _GRACE_SECONDS = 3
 """For requests to end by themselves when the server stops; then they are cut off."""
 
@@ -29,6 +32,7 @@ class Server(uvicorn.Server):
             ws="none",
             log_config=None,  # its lines go the way of ours
             access_log=False,  # the application writes one for each request
+            **_HTTP,
             **options,
         )
         super().__init__(config)

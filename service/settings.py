@@ -88,6 +88,16 @@ class Settings(BaseSettings):
     """Longest silence of a live stream; then it sends a comment, so that no proxy takes it for dead."""
     live_streams: int = Field(default=200, ge=1)
     """Most live streams at once; a further one is refused."""
+    live_streams_per_key: int = Field(default=50, ge=1)
+    """The same for one API key."""
+    rate_per_minute: float = Field(default=1200, gt=0)
+    """Requests that an API key may make in the long run. Each process counts for itself."""
+    rate_burst: int = Field(default=600, ge=1)
+    """Most of them at once, after a pause."""
+    stranger_rate_per_minute: float = Field(default=120, gt=0)
+    """Requests without a valid key that are answered 401, from one address; further ones are answered 429."""
+    usage_interval: float = Field(default=900.0, gt=0)
+    """Between two measurements of how much each project has in the bucket."""
     retention_interval: float = Field(default=30.0, gt=0)
     """Between two looks at the checkpoints of a training job."""
     retention_grace: float = 900.0

@@ -19,7 +19,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Receive, Scope, Send
 
-from api.errors import ApiError, Fault, InvalidData, InvalidSpec, StorageError, Unavailable
+from api.errors import ApiError, Fault, InvalidData, InvalidSpec, RateLimited, StorageError, Unavailable
 from api.jobs import StreamError
 from service.live import Feed, Message
 
@@ -75,15 +75,17 @@ class Streams:
     """The open streams of a server.
 
     `interval`: seconds between two looks; `keep_alive`: longest silence of a stream, in seconds; `limit`: most
-    streams at once.
+    streams at once; `limit_each`: of one holder.
     """
 
-    def __init__(self, interval: float, keep_alive: float, limit: int = 200) -> None:
-        self._interval, self._keep_alive, self.limit = interval, keep_alive, limit
+    def __init__(self, interval: float, keep_alive: float, limit: int = 200, limit_each: int = 200) -> None:
+        self._interval, self._keep_alive = interval, keep_alive
+        self.limit, self._limit_each = limit, limit_each
         # Two pools: looks that hang on the bucket must not hold up those that need only the database.
         self._on_bucket = ThreadPoolExecutor(_BUCKET_THREADS, thread_name_prefix="stream")
         self._on_database = ThreadPoolExecutor(_DATABASE_THREADS, thread_name_prefix="stream-database")
-        self._open: set[Stop] = set()
+        self._open: dict[Stop, str] = {}
+        """Each with its holder."""
         self._closed = False
 
     @property
@@ -100,31 +102,39 @@ class Streams:
             if not stop.done():
                 stop.set_result(None)
 
-    def answer(self, feed: Feed, check: Callable[[], object], reads_bucket: bool = True) -> StreamingResponse:
+    def answer(
+        self, feed: Feed, check: Callable[[], object], reads_bucket: bool = True, holder: str = ""
+    ) -> StreamingResponse:
         """Return the response that follows a feed until the job's end, the client's or ours.
 
         `check` comes before each look: an ApiError of it, a key revoked for instance, ends the stream. Too many
-        streams are refused, with Unavailable, when the response is about to begin.
+        streams are refused, with Unavailable, when the response is about to begin; too many of one holder, which is an
+        API key, with RateLimited.
         """
         threads = self._on_bucket if reads_bucket else self._on_database
-        return _LiveResponse(self._place(), partial(self._body, feed, check, threads))
+        return _LiveResponse(self._place(holder), partial(self._body, feed, check, threads))
 
     @contextmanager
-    def _place(self) -> Iterator[Stop]:
-        """Count as an open stream, in the event loop; Unavailable if there are too many."""
+    def _place(self, holder: str) -> Iterator[Stop]:
+        """Count as an open stream, in the event loop; Unavailable or RateLimited if there are too many."""
         if len(self._open) >= self.limit:
             raise Unavailable(
                 f"the most live streams that this server opens at once, {self.limit}, are open; "
                 "close one, or read the lists"
             )
+        if sum(other == holder for other in self._open.values()) >= self._limit_each:
+            raise RateLimited(
+                f"the most live streams that one API key opens at once, {self._limit_each}, are open; "
+                "close one, or read the lists"
+            )
         stop: Stop = asyncio.get_running_loop().create_future()
         if self._closed:
             stop.set_result(None)
-        self._open.add(stop)
+        self._open[stop] = holder
         try:
             yield stop
         finally:
-            self._open.discard(stop)
+            del self._open[stop]
 
     async def _body(
         self, feed: Feed, check: Callable[[], object], threads: ThreadPoolExecutor, stop: Stop

@@ -14,16 +14,20 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from api.documents import CheckpointRef, now
-from api.errors import Conflict
+from api.errors import Conflict, QuotaExceeded
 from api.jobs import ENDED, Event, JobState
-from service.rows import IdempotencyRecord, JobFilter, JobRow, Key, Mark, NewEvent, Replay, Tally
-from service.tables import api_keys, events, idempotency, jobs, marks, pins
+from api.tenants import Quotas
+from service.audit import Change
+from service.audit import record as note
+from service.rows import IdempotencyRecord, JobFilter, JobRow, Mark, NewEvent, Replay, Tally
+from service.tables import events, idempotency, jobs, marks, pins
+from service.tenants import admit, read_quotas
 
 _ENDED = [state.value for state in ENDED]
 
 
 class Store:
-    """Jobs, events, idempotency records and API keys."""
+    """Jobs, events, idempotency records, marks and pins. A `change` is what the audit log shall say of a write."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
@@ -33,14 +37,17 @@ class Store:
         with self._engine.begin() as connection:
             connection.execute(sa.select(sa.literal(1)))
 
-    def insert(self, job: JobRow, event: NewEvent, record: IdempotencyRecord | None) -> Replay | None:
+    def insert(
+        self, job: JobRow, event: NewEvent, record: IdempotencyRecord | None, change: Change | None = None
+    ) -> Replay | None:
         """Insert a job, its first event, its idempotency record and the pin of what it begins at, all or nothing.
 
         Returns None, or the replay if another request with the same key was first. Conflict if the checkpoint that the
-        job begins at has just been given up.
+        job begins at has just been given up, or the project is archived; QuotaExceeded if it may have no further job.
         """
         try:
             with self._writer.begin() as connection:
+                admit(connection, job.project, job.created_at)
                 connection.execute(jobs.insert().values(**dataclasses.asdict(job)))
                 if job.init is not None:
                     self._pin_origin(connection, job.id, CheckpointRef.model_validate(job.init))
@@ -49,7 +56,8 @@ class Store:
                     connection.execute(
                         idempotency.insert().values(**dataclasses.asdict(record), job_id=job.id, created_at=now())
                     )
-        except IntegrityError:
+                note(connection, change)
+        except (IntegrityError, QuotaExceeded):
             if record is None or (replay := self.replay(record.principal, record.key)) is None:
                 raise
             return replay
@@ -109,11 +117,28 @@ class Store:
             rows = connection.execute(sa.select(*groups, *sums).group_by(*groups)).all()
         return [Tally(JobState(state), *rest) for state, *rest in rows]
 
+    def quotas(self) -> dict[str, Quotas]:
+        """Return the quotas of every project that has any."""
+        with self._engine.begin() as connection:
+            return read_quotas(connection)
+
+    def submitted_since(self, project: str, at: datetime) -> int:
+        """Return how many jobs of a project were submitted after a time, deleted ones included."""
+        query = sa.select(sa.func.count()).where(jobs.c.project == project, jobs.c.created_at > at)
+        with self._engine.begin() as connection:
+            return int(connection.execute(query).scalar_one())
+
     def to_purge(self) -> list[JobRow]:
         """Return deleted jobs whose objects may still be in the bucket."""
         return self._jobs(sa.select(jobs).where(jobs.c.deleted_at.is_not(None), jobs.c.purged_at.is_(None)))
 
-    def apply(self, job: JobRow, changes: dict[str, Any], new_events: Sequence[NewEvent] = ()) -> JobRow | None:
+    def apply(
+        self,
+        job: JobRow,
+        changes: dict[str, Any],
+        new_events: Sequence[NewEvent] = (),
+        change: Change | None = None,
+    ) -> JobRow | None:
         """Write changes and events if the row is still as it was read; return the new row, or None if it is not.
 
         The one writer of a job's state. Leaving a terminal state is impossible here, even with the right version.
@@ -126,27 +151,28 @@ class Store:
             if connection.execute(update).rowcount == 0:
                 return None
             self._append(connection, job.id, new_events)
+            note(connection, change)
             if changes.get("state") in _ENDED:  # what it began at may go now
                 connection.execute(pins.delete().where(pins.c.holder == job.id))
             row = connection.execute(sa.select(jobs).where(jobs.c.id == job.id)).mappings().one()
         return _job(row)
 
-    def request_cancel(self, job_id: str, keep_checkpoint: bool = False) -> bool:
+    def request_cancel(self, job_id: str, keep_checkpoint: bool = False, change: Change | None = None) -> bool:
         """Note that a job shall stop; False if it has ended. Never taken back, so it needs no version of the caller."""
         changes = {"cancel_requested": 1, "keep_checkpoint": int(keep_checkpoint)}
         event = NewEvent("cancel", "cancellation requested")
-        if self._ask(job_id, [jobs.c.cancel_requested == 0], changes, event):
+        if self._ask(job_id, [jobs.c.cancel_requested == 0], changes, event, change):
             return True
         return not self._state(job_id).ended
 
-    def request_pause(self, job_id: str) -> bool:
+    def request_pause(self, job_id: str, change: Change | None = None) -> bool:
         """Note that a job shall pause; False if it has ended or is being cancelled."""
         wanted = [jobs.c.pause_requested == 0, jobs.c.cancel_requested == 0]
-        if self._ask(job_id, wanted, {"pause_requested": 1}, NewEvent("pause", "pause requested")):
+        if self._ask(job_id, wanted, {"pause_requested": 1}, NewEvent("pause", "pause requested"), change):
             return True
         return self._paused(job_id)
 
-    def request_resume(self, job_id: str, workers: int | None, at: datetime) -> bool:
+    def request_resume(self, job_id: str, workers: int | None, at: datetime, change: Change | None = None) -> bool:
         """Note that a job shall pause no longer, and with how many workers it goes on; False if it was not to pause.
 
         It goes to the end of the line.
@@ -154,15 +180,23 @@ class Store:
         changes = {"pause_requested": 0, "workers_wanted": workers, "queued_at": at}
         message = "resume requested" + (f" with {workers} workers" if workers else "")
         wanted = [jobs.c.pause_requested == 1, jobs.c.cancel_requested == 0]
-        return self._ask(job_id, wanted, changes, NewEvent("resume", message))
+        return self._ask(job_id, wanted, changes, NewEvent("resume", message), change)
 
-    def _ask(self, job_id: str, where: list[sa.ColumnElement[bool]], changes: dict[str, Any], event: NewEvent) -> bool:
+    def _ask(
+        self,
+        job_id: str,
+        where: list[sa.ColumnElement[bool]],
+        changes: dict[str, Any],
+        event: NewEvent,
+        change: Change | None,
+    ) -> bool:
         """Write down what a user wants of a live job; False if `where` does not hold."""
         update = jobs.update().where(jobs.c.id == job_id, jobs.c.state.not_in(_ENDED), *where)
         with self._writer.begin() as connection:
             if connection.execute(update.values(**changes, version=jobs.c.version + 1)).rowcount == 0:
                 return False
             self._append(connection, job_id, [event])
+            note(connection, change)
             return True
 
     def _state(self, job_id: str) -> JobState:
@@ -216,7 +250,14 @@ class Store:
             for ref in refs:
                 connection.execute(marks.delete().where(*_at(marks, job_id, ref)))
 
-    def doom(self, job: JobRow, ref: CheckpointRef, at: datetime, event: NewEvent | None = None) -> bool:
+    def doom(
+        self,
+        job: JobRow,
+        ref: CheckpointRef,
+        at: datetime,
+        event: NewEvent | None = None,
+        change: Change | None = None,
+    ) -> bool:
         """Decide that a checkpoint goes, with an event that says so once; from here on nothing can pin it.
 
         False if something pins it now, or if the job's state or attempt are no longer those of `job`.
@@ -231,6 +272,7 @@ class Store:
                 connection.execute(marks.delete().where(*here))
                 connection.execute(marks.insert().values(**_place(job.id, ref), marked_at=at, doomed=1))
                 self._append(connection, job.id, [event] if event is not None else [])
+                note(connection, change)
         return True
 
     def pin(self, job_id: str, ref: CheckpointRef, why: str, at: datetime, expires_at: datetime) -> str | None:
@@ -275,31 +317,6 @@ class Store:
         query = sa.select(pins.c.segment, pins.c.step).where(pins.c.job_id == job_id, pins.c.expires_at > at)
         with self._engine.begin() as connection:
             return {CheckpointRef(segment=row.segment, step=row.step) for row in connection.execute(query)}
-
-    def find_key(self, sha256: str) -> Key | None:
-        """Return an API key by its hash, revoked or not."""
-        query = sa.select(api_keys.c.id, api_keys.c.project, api_keys.c.revoked_at)
-        with self._engine.begin() as connection:
-            row = connection.execute(query.where(api_keys.c.sha256 == sha256)).one_or_none()
-        return None if row is None else Key(row.id, row.project, row.revoked_at is not None)
-
-    def api_keys(self) -> list[dict[str, Any]]:
-        """Return every API key: id, name, project and times; never the key, which is not stored."""
-        columns = [column for column in api_keys.c if column.name != "sha256"]
-        with self._engine.begin() as connection:
-            return [dict(row) for row in connection.execute(sa.select(*columns)).mappings()]
-
-    def insert_key(self, key_id: str, name: str, sha256: str, project: str) -> None:
-        with self._writer.begin() as connection:
-            connection.execute(
-                api_keys.insert().values(id=key_id, name=name, sha256=sha256, project=project, created_at=now())
-            )
-
-    def revoke_key(self, key_id: str) -> bool:
-        """End an API key; False if there is no such key or it had ended before."""
-        update = api_keys.update().where(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
-        with self._writer.begin() as connection:
-            return connection.execute(update.values(revoked_at=now())).rowcount > 0
 
     def _jobs(self, query: sa.Select[Any]) -> list[JobRow]:
         with self._engine.begin() as connection:

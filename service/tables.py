@@ -125,6 +125,52 @@ api_keys = Table(
     Column("project", String(64), nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("revoked_at", UtcDateTime),
+    Column("role", String(16), nullable=False),
+    Column("member", String(64)),
+    Column("prefix", String(16)),
+    Column("expires_at", UtcDateTime),
+    Column("last_used_at", UtcDateTime),
+)
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("archived_at", UtcDateTime),
+    Column("running_workers", Integer),
+    Column("running_cpus", Integer),
+    Column("running_gpus", Integer),
+    Column("queued_jobs", Integer),
+    Column("jobs_per_day", Integer),
+    Column("stored_bytes", BigInteger),
+    Column("max_priority", Integer),
+    Column("used_bytes", BigInteger),
+    Column("measured_at", UtcDateTime),
+)
+
+members = Table(
+    "members",
+    metadata,
+    Column("project", String(64), ForeignKey("projects.name"), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("role", String(16), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("project", String(64), nullable=False),
+    Column("actor", String(32), nullable=False),
+    Column("member", String(64)),
+    Column("action", String(32), nullable=False),
+    Column("target", String(128), nullable=False),
+    Column("details", JSON, nullable=False),
+    Column("request_id", String(64), nullable=False),
+    Index("audit_by_project", "project", "id"),
 )
 
 marks = Table(

@@ -11,8 +11,9 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 import service.database
+from api.documents import now
 from service.database import make_engine, migrate
-from service.tables import metadata
+from service.tables import metadata, projects
 
 SERVER = "LOCKSTEP_TEST_POSTGRES"
 """The variable that names the server, where the run has one."""
@@ -44,7 +45,7 @@ def database_url(folder: Path) -> str:
 
 
 def make_database(folder: Path) -> str:
-    """Make the folder's database, empty and with the newest schema; return its URL."""
+    """Make the folder's database, with the newest schema and two projects and nothing else; return its URL."""
     url = database_url(folder)
     if on_postgres():
         make_schema(folder)
@@ -53,6 +54,8 @@ def make_database(folder: Path) -> str:
             metadata.create_all(connection)
             connection.execute(sa.text("CREATE TABLE alembic_version (version_num VARCHAR(32) PRIMARY KEY)"))
             connection.execute(sa.text("INSERT INTO alembic_version VALUES (:head)"), {"head": _head()})
+            for name in ("default", "another"):
+                connection.execute(projects.insert().values(name=name, created_at=now()))
         engine.dispose()
     else:
         (folder / "lockstep.db").write_bytes(_empty_file())
@@ -81,7 +84,12 @@ def _head() -> str | None:
 
 @cache
 def _empty_file() -> bytes:
-    """A migrated SQLite database, made once."""
+    """A migrated SQLite database with a second project, made once."""
     with TemporaryDirectory() as folder:
-        migrate(f"sqlite:///{folder}/empty.db")
+        url = f"sqlite:///{folder}/empty.db"
+        migrate(url)
+        engine = make_engine(url)
+        with engine.begin() as connection:
+            connection.execute(projects.insert().values(name="another", created_at=now()))
+        engine.dispose()
         return Path(folder, "empty.db").read_bytes()

@@ -238,7 +238,8 @@ def leases_of(store: Store) -> Leases:
 
 def settings_for(folder: Path, **fields: Any) -> Settings:
     """Return settings of which nothing comes from the environment of whoever runs the tests."""
-    defaults = {"database_url": database_url(folder), "storage": "s3://memory/root"}
+    defaults: dict[str, Any] = {"database_url": database_url(folder), "storage": "s3://memory/root"}
+    defaults |= {"rate_per_minute": 1e9, "rate_burst": 10**9, "stranger_rate_per_minute": 1e6}
     defaults["trusted_hosts"] = "testserver"  # the name that a TestClient asks for
     return Settings(**{**defaults, **fields})
 

@@ -66,6 +66,7 @@ CLOCKS = {
     "LOCKSTEP_RECONCILE_INTERVAL": "0.02",
     "LOCKSTEP_REQUEST_TIMEOUT": "2",
     "LOCKSTEP_LEASE_SECONDS": "0.3",
+    "LOCKSTEP_RATE_BURST": "1000000",
 }
 FIRST_SIGN = 20.0
 """Most seconds for which a kill waits for a control plane to take its first connection."""

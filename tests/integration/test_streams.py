@@ -14,6 +14,7 @@ from api.client import Client
 from api.errors import InvalidData, Unauthorized, Unreachable
 from api.jobs import Event, LogLine, MetricPoint, Rewind
 from api.storage import Bucket
+from service.audit import OPERATOR
 from service.rows import NewEvent
 from service.settings import Settings
 from service.store import Store
@@ -154,8 +155,8 @@ def test_a_key_that_is_revoked_ends_the_stream_and_opens_no_other(settings: Sett
         app.state.store.insert(row(1, state="running", attempt=1), ACCEPTED, None)
         stream = client.stream_events(JOB)
         assert next(stream).message == "accepted"
-        [key] = app.state.store.api_keys()
-        app.state.store.revoke_key(key["id"])
+        [(_, key)] = app.state.tenants.keys()
+        app.state.tenants.revoke_key(key.id, OPERATOR)
         with pytest.raises(Unauthorized):
             list(stream)
 

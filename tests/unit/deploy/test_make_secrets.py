@@ -7,6 +7,7 @@ from sqlalchemy import make_url
 
 from service.auth import authenticate, ensure_key
 from service.stack import read_credentials
+from service.tenants import Tenants
 from tests.fakes import new_store
 from tests.images import make_secrets
 
@@ -48,7 +49,7 @@ def test_both_ends_of_a_secret_agree(tmp_path: Path) -> None:
 
 
 def test_the_api_key_opens_the_api(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
+    tenants = Tenants(new_store(tmp_path)._engine)
     key = make_secrets(tmp_path / "secrets") / "api_key"
-    ensure_key(store, key)
-    assert authenticate(store, f"Bearer {key.read_text().strip()}")
+    ensure_key(tenants, key)
+    assert authenticate(tenants, f"Bearer {key.read_text().strip()}")

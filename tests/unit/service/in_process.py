@@ -10,9 +10,11 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from api.layout import DatasetLayout
+from api.tenants import KeyRequest, Role
 from service import app as app_module
 from service.auth import create_key
 from service.store import Store
+from service.tenants import Tenants
 from tests.fakes import ACCEPTED, FakeRay, MemoryBucket, dataset, job_id, new_store, row, settings_for
 
 KEY = "lk_test"
@@ -30,7 +32,8 @@ class Service:
         new_store(folder)._engine.dispose()
         self.app: FastAPI = app_module.create_app(settings_for(folder))
         self.store: Store = self.app.state.store
-        create_key(self.store, "test", KEY)
+        self.tenants: Tenants = self.app.state.tenants
+        create_key(self.tenants, KeyRequest(name="test", role=Role.ADMIN), key=KEY)
         self.bucket.put_document(DatasetLayout("default", "words", "v1").document, dataset())
         self.client = TestClient(self.app, headers=AUTH, raise_server_exceptions=False)
 

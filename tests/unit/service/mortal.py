@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from service.audit import Change
 from service.rows import JobRow, NewEvent
 from service.store import Store
 from tests.fakes import Hook, no_hook
@@ -13,8 +14,14 @@ class Mortal(Store):
 
     hook: Hook = staticmethod(no_hook)
 
-    def apply(self, job: JobRow, changes: dict[str, Any], new_events: Sequence[NewEvent] = ()) -> JobRow | None:
+    def apply(
+        self,
+        job: JobRow,
+        changes: dict[str, Any],
+        new_events: Sequence[NewEvent] = (),
+        change: Change | None = None,
+    ) -> JobRow | None:
         self.hook("before apply")
-        applied = super().apply(job, changes, new_events)
+        applied = super().apply(job, changes, new_events, change)
         self.hook("after apply")
         return applied

@@ -31,16 +31,19 @@ from api.errors import Problem
 from api.jobs import JobState, ModelFile
 from api.layout import CheckpointLayout, DatasetLayout, JobLayout, chunk
 from api.spec import LabelFilter
+from api.tenants import KeyRequest, Role
 from service.app import make_api
 from service.architectures import model_tensors
 from service.auth import create_key
 from service.database import make_engine
 from service.jobs import Jobs
+from service.rates import Limiter, Rate
 from service.rows import NewEvent
 from service.run_reader import read_logs
 from service.sse import Streams
 from service.store import Store
-from service.tables import api_keys, metadata
+from service.tables import metadata, projects
+from service.tenants import Tenants
 from tests.fakes import (
     ACCEPTED,
     T0,
@@ -74,7 +77,7 @@ class World:
         sa.event.listen(self.engine, "connect", lambda new, _: new.execute("PRAGMA synchronous=OFF"))
         self.store, self.bucket, self.ray = Store(self.engine), MemoryBucket(), FakeRay()
         self.settings = settings_for(folder)
-        create_key(self.store, "fuzz", KEY)
+        self.tenants = Tenants(self.engine)
         self.asked = 0
         self.reset()
 
@@ -82,8 +85,9 @@ class World:
         self.bucket.content = dict(TRAINED.content)
         with self.engine.begin() as connection:
             for table in reversed(metadata.sorted_tables):
-                if table is not api_keys:
+                if table is not projects:
                     connection.execute(table.delete())
+        create_key(self.tenants, KeyRequest(name="fuzz", role=Role.ADMIN), key=KEY)
         for number, state in STATES.items():
             end = {"segment": SEGMENT, "step": 10} if number == 1 else None
             pause = int(state == "paused")
@@ -167,7 +171,8 @@ def known(document: dict[str, Any]) -> dict[str, Any]:
 
 def configuration() -> schemathesis.Config:
     """The same questions at every run: a fixed seed, and nothing learnt from answers, which hold new ids."""
-    config = schemathesis.Config(seed=1)
+    refusals = {"negative_data_rejection": {"expected-statuses": ["4xx"]}}  # by default not 431
+    config = schemathesis.Config.from_dict({"seed": 1, "checks": refusals})
     project = config.projects.get_default()
     project.generation.deterministic = True
     project.phases.fuzzing.extra_data_sources.responses = False
@@ -198,8 +203,10 @@ def client() -> TestClient:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made = World(tmp_path_factory.mktemp("fuzz"))
     APP.state.store, APP.state.bucket, APP.state.ray = made.store, made.bucket, made.ray.backend()
+    APP.state.tenants = made.tenants
     APP.state.jobs = Jobs(made.store, made.bucket, APP.state.ray, made.settings)
     APP.state.streams = Streams(0.01, 1.0)
+    APP.state.rates = APP.state.strangers = Limiter(Rate(1e9, 10**9))
     yield made
     made.engine.dispose()
     assert not made.asked or made.asked >= soak(30_000, 0)  # in one process, all operations together

@@ -8,7 +8,9 @@ from fastapi import Response
 
 from api.errors import Unauthorized
 from service import health
+from service.audit import OPERATOR
 from service.auth import KeyRevoked, authenticate, ensure_key
+from service.tenants import Tenants
 from tests.fakes import new_store
 
 
@@ -30,14 +32,15 @@ def test_a_bucket_that_hangs_is_degraded_within_the_patience(monkeypatch: pytest
 
 def test_a_revoked_bootstrap_key_is_refused_in_words(tmp_path: Path) -> None:
     store = new_store(tmp_path)
+    tenants = Tenants(store._engine)
     path = tmp_path / "api_key"
     path.write_text("lk_secret\n")
-    ensure_key(store, path)
-    ensure_key(store, path)  # again is harmless
-    (row,) = store.api_keys()
-    store.revoke_key(row["id"])
+    ensure_key(tenants, path)
+    ensure_key(tenants, path)  # again is harmless
+    ((_, row),) = tenants.keys()
+    tenants.revoke_key(row.id, OPERATOR)
     with pytest.raises(KeyRevoked, match="delete the file"):
-        ensure_key(store, path)
+        ensure_key(tenants, path)
     with pytest.raises(Unauthorized):
-        authenticate(store, "Bearer lk_secret")
+        authenticate(tenants, "Bearer lk_secret")
     store._engine.dispose()

@@ -108,6 +108,8 @@ def test_each_job_is_told_its_turn(tmp_path: Path) -> None:
     assert take_turns([eight(1, 0)], NODES, settings, T0) == {job_id(1): Turn(workers=1)}
     both = take_turns([eight(1, 0, state="running", workers=1), eight(2, 1)], NODES, settings, T0)
     assert both[job_id(1)] == Turn(make_way_for=job_id(2))
+    foreign = take_turns([eight(1, 0, state="running", workers=1), eight(2, 1, project="b")], NODES, settings, T0)
+    assert foreign[job_id(1)] == Turn(make_way_for="a job of higher priority in another project")
     assert both[job_id(2)] == Turn(wait="needs 1 × 8 CPU, 0 CPU free; waits for 1 job to stop")
     grows = dataclasses.replace(job("running"), workers=2)
     assert take_turns([grows], NODES, settings, later) == {job_id(1): Turn(workers=3)}

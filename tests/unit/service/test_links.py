@@ -1,12 +1,12 @@
 """An operator is told where to look on, nobody else is, and nobody where nothing is configured."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from api.jobs import Links
+from api.tenants import Role
 from service.auth import Principal
 from service.jobs import Jobs
 from service.links import links
@@ -17,12 +17,7 @@ from tests.unit.service.in_process import Service
 RAY, GRAFANA = "https://ray.example", "http://example/grafana/"
 
 
-@dataclass(frozen=True)
-class Member(Principal):
-    role: str = "viewer"
-
-
-OPERATOR = Member("key-1", "default", role="admin")
+OPERATOR = Principal("key-1", "default", Role.ADMIN)
 
 
 @pytest.fixture
@@ -44,9 +39,9 @@ def test_before_the_first_attempt_ray_has_no_page(settings: Settings) -> None:
     assert found.grafana is not None
 
 
-@pytest.mark.parametrize("role", ["viewer", "submitter"])
-def test_a_member_is_shown_none(settings: Settings, role: str) -> None:
-    assert links(Member("key-1", "default", role=role), row(1, attempt=2), settings) is None
+@pytest.mark.parametrize("role", [Role.VIEWER, Role.SUBMITTER])
+def test_a_member_is_shown_none(settings: Settings, role: Role) -> None:
+    assert links(Principal("key-1", "default", role), row(1, attempt=2), settings) is None
 
 
 def test_without_addresses_there_are_none(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_what_a_stream_meets_in_its_thread_is_logged_under_its_request(lines: Li
 
     async def read() -> None:
         streams = Streams(0.01, 1)
-        with about(request="r-1"), streams._place() as stop:
+        with about(request="r-1"), streams._place("key-1") as stop:
             async for _ in streams._body(Logging(), lambda: None, ThreadPoolExecutor(1), stop):
                 pass
         streams.close()

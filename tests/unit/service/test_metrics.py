@@ -18,6 +18,7 @@ from sqlalchemy.exc import OperationalError
 
 from api.documents import now
 from api.jobs import JobState
+from api.tenants import KeyRequest, Role
 from service import app as app_module
 from service.auth import create_key
 from service.metrics import Measures, MetricsPortBusy, Passes
@@ -27,6 +28,7 @@ from service.retention import Retention
 from service.server import Server
 from service.sse import Streams
 from service.store import Store
+from service.tenants import Tenants
 from tests.fakes import ACCEPTED, FakeRay, MemoryBucket, job_id, new_store, row, settings_for
 from tests.servers import free_port
 
@@ -45,7 +47,7 @@ class Service:
         new_store(folder)._engine.dispose()
         self.app: FastAPI = app_module.create_app(settings_for(folder))
         self.store: Store = self.app.state.store
-        create_key(self.store, "test", "lk_test")
+        create_key(Tenants(self.store._engine), KeyRequest(name="test", role=Role.ADMIN), key="lk_test")
         self.client = TestClient(self.app, headers=AUTH, raise_server_exceptions=False)
 
     def _reconciler(self, *arguments: Any) -> Reconciler:
@@ -286,7 +288,7 @@ def test_open_streams_are_counted_while_they_are_open(service: Service) -> None:
     streams: Streams = service.app.state.streams
 
     async def hold() -> float:
-        with streams._place():
+        with streams._place("key-1"):
             return service.figure("lockstep_streams_open")
 
     assert asyncio.run(hold()) == 1

@@ -1,6 +1,7 @@
 """The schema: what the code says of it is what the migrations make, and rows of before stay whole."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,10 +12,13 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from api.tenants import Quotas, Role
+from service.auth import authenticate
 from service.database import make_engine, migrate
 from service.rows import NewEvent
 from service.store import Store
 from service.tables import metadata
+from service.tenants import Tenants
 from tests.checkpoints import ref
 from tests.databases import database_url, make_schema, on_postgres
 from tests.fakes import ACCEPTED, T0, job_id, row
@@ -105,3 +109,22 @@ def test_the_jobs_and_pins_of_before_there_was_control_go_on(engine: sa.Engine, 
     ended = store.apply(store.live()[0], {"state": "cancelled"})
     assert ended is not None
     assert store.pinned(job_id(2), T0) == {ref("1-0-a@4")}, "it is nobody's"
+
+
+def test_the_keys_of_before_there_were_roles_may_all_and_every_project_is_there(engine: sa.Engine, url: str) -> None:
+    migrate(url, "0003")
+    key = {"id": "key-1", "name": "old", "sha256": hashlib.sha256(b"lk_old").hexdigest(), "created_at": T0}
+    insert(engine, "api_keys", **key, project="default")
+    insert(engine, "api_keys", **{**key, "id": "key-2", "sha256": "0" * 64}, project="keys-only", revoked_at=T0)
+    jobs = [row(1), row(2, project="jobs-only")]
+    for job in jobs:
+        insert(engine, "jobs", **dataclasses.asdict(job))
+    migrate(url)
+    tenants = Tenants(engine)
+    assert [project.name for project in tenants.projects()] == ["default", "jobs-only", "keys-only"]
+    assert {project.quotas for project in tenants.projects()} == {Quotas()}
+    who = authenticate(tenants, "Bearer lk_old")
+    assert (who.key_id, who.project, who.role, who.member) == ("key-1", "default", Role.ADMIN, None)
+    assert [entry.revoked_at for _, entry in tenants.keys("keys-only")] == [T0]
+    assert Store(engine).live() == jobs
+    assert Store(engine).insert(row(3), NewEvent("state", "accepted"), None) is None

@@ -18,8 +18,8 @@ from service.database import make_engine
 from service.jobs import Jobs
 from service.rows import JobFilter, JobRow, NewEvent
 from service.store import Store, _conditions
-from service.tables import metadata
-from tests.fakes import ACCEPTED, FakeRay, MemoryBucket, job_id, row, settings_for, train_spec
+from service.tables import metadata, projects
+from tests.fakes import ACCEPTED, T0, FakeRay, MemoryBucket, job_id, row, settings_for, train_spec
 
 WHO = Principal("key-1", "default")
 ENTIRE_RUN = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -33,6 +33,8 @@ def engine() -> Iterator[sa.Engine]:
     """A database in memory, which each example empties."""
     made = make_engine("sqlite://")
     metadata.create_all(made)
+    with made.begin() as connection:
+        connection.execute(projects.insert().values(name="default", created_at=T0))
     yield made
     made.dispose()
 
@@ -43,7 +45,8 @@ class World:
     def __init__(self, engine: sa.Engine) -> None:
         with engine.begin() as connection:
             for table in reversed(metadata.sorted_tables):
-                connection.execute(table.delete())
+                if table is not projects:
+                    connection.execute(table.delete())
         self.store = Store(engine)
         self.use = Jobs(self.store, MemoryBucket(), FakeRay().backend(), settings_for(Path("nowhere")))
         self.there: dict[str, JobRow] = {}

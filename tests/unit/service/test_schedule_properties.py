@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from service.admission import Node, place
-from service.schedule import Claim, Group, Room, Schedule, SchedulePolicy, schedule
+from service.rooms import Group, Room
+from service.schedule import Claim, Schedule, SchedulePolicy, schedule
 from tests.fakes import T0
 
 POLICY = SchedulePolicy(reservation_age=6, resize_interval=4)
@@ -209,7 +210,7 @@ class Cluster:
         self.clock += 1
         self._work()
         live = [job for job in self.jobs if job.arrival <= self.clock]
-        found = schedule([job.claim for job in live], self.nodes, self.now, POLICY)
+        found = self.plan([job.claim for job in live])
         for job in live:
             if workers := found.starts.get(job.claim.job_id):
                 job.claim = replace(job.claim, held=workers, began_at=self.now, recovering_since=None)
@@ -217,6 +218,9 @@ class Cluster:
                 job.claim, job.stops_at = replace(job.claim, leaving=True), self.clock + GRACE
         assert stands(self.nodes, held(job.claim for job in live))
         return found
+
+    def plan(self, claims: list[Claim]) -> Schedule:
+        return schedule(claims, self.nodes, self.now, POLICY)
 
     def _work(self) -> None:
         for job in self.jobs:

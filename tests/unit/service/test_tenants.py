@@ -1,0 +1,179 @@
+"""Projects, members and keys over REST and by the operator's commands; and the log of who changed what."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from api.tenants import Role
+from service.audit import OPERATOR
+from service.cli import app
+from service.database import make_engine
+from service.tenants import Tenants
+from tests.fakes import ACCEPTED, job_id, new_store, row
+from tests.unit.service.in_process import BODY, Service, problem
+
+
+def audit(service: Service) -> list[dict[str, Any]]:
+    """Return the audit log of the default project, oldest first, since the client's own key was made."""
+    entries: list[dict[str, Any]] = service.client.get("/v1/project/audit?limit=200").json()["items"]
+    return entries[::-1][1:]
+
+
+def test_each_change_is_one_row_that_says_who_what_and_in_which_request(service: Service) -> None:
+    [(_, key)] = service.tenants.keys()
+    made = service.post(BODY).json()["id"]
+    service.client.post(f"/v1/jobs/{made}/pause")
+    service.client.post(f"/v1/jobs/{made}/resume", json={"workers": 1})
+    cancelled = service.client.post(f"/v1/jobs/{made}/cancel", json={"keep_checkpoint": True})
+    service.client.post(f"/v1/jobs/{made}/cancel")  # again: nothing changes
+    ended = service.ended(2)
+    again = service.ask(2, "retry").json()["id"]
+    service.client.delete(f"/v1/jobs/{ended}")
+    log = audit(service)
+    assert [(entry["action"], entry["target"], entry["details"]) for entry in log] == [
+        ("job.submit", made, {"name": "first", "kind": "train"}),
+        ("job.pause", made, {}),
+        ("job.resume", made, {"workers": 1}),
+        ("job.cancel", made, {"keep_checkpoint": True}),
+        ("job.retry", again, {"name": "first", "kind": "train", "retry_of": ended}),
+        ("job.delete", ended, {}),
+    ]
+    assert {(entry["actor"], entry["member"]) for entry in log} == {(key.id, None)}
+    assert log[3]["request_id"] == cancelled.headers["x-request-id"]
+
+
+def test_what_is_refused_or_asked_twice_is_no_change(service: Service) -> None:
+    service.post({**BODY, "steps": 0})
+    service.client.post("/v1/jobs?dry_run=true", json=BODY)
+    service.client.delete(f"/v1/jobs/{job_id(5)}")
+    assert audit(service) == []
+    service.post(BODY, key="once")
+    service.post(BODY, key="once")
+    assert [entry["action"] for entry in audit(service)] == ["job.submit"]
+
+
+def test_keys_and_members_over_rest(service: Service) -> None:
+    ask = service.client
+    refused = problem(ask.post("/v1/project/keys", json={"name": "ci", "member": "ada"}), 422, "invalid")
+    assert refused["errors"][0]["path"] == "$.member"
+    assert ask.put("/v1/project/members/ada", json={"role": "submitter"}).json()["role"] == "submitter"
+    made = ask.post("/v1/project/keys", json={"name": "ci", "member": "ada", "expires_in": 86_400})
+    assert made.status_code == 201
+    body = made.json()
+    listed = ask.get("/v1/project/keys").json()["items"]
+    assert [entry["name"] for entry in listed] == ["test", "ci"]
+    assert {name: body[name] for name in body if name != "key"} == listed[1]
+    assert body["key"].startswith(listed[1]["prefix"])
+    assert body["key"] not in json.dumps(listed) + json.dumps(audit(service))
+    for _ in range(2):
+        assert ask.delete(f"/v1/project/keys/{body['id']}").status_code == 204
+    assert ask.delete("/v1/project/members/ada").status_code == 204
+    problem(ask.delete("/v1/project/members/ada"), 404, "not-found")
+    changes = [(entry["action"], entry["target"]) for entry in audit(service)]
+    assert changes == [("member.put", "ada"), ("key.create", body["id"]), ("key.revoke", body["id"]),
+                       ("member.remove", "ada")]  # fmt: skip
+
+
+def test_the_audit_log_comes_in_pages_newest_first(service: Service) -> None:
+    for name in "abcde":
+        service.tenants.put_member("default", name, Role.VIEWER, OPERATOR)
+    seen, cursor = [], ""
+    while True:
+        page = service.client.get(f"/v1/project/audit?limit=2{cursor}").json()
+        seen += [entry["target"] for entry in page["items"]]
+        if page["next_cursor"] is None:
+            break
+        cursor = f"&cursor={page['next_cursor']}"
+    assert seen[:5] == list("edcba")
+    assert len(seen) == 6
+
+
+def test_the_project_says_what_it_uses(service: Service) -> None:
+    service.store.insert(row(1, state="running", attempt=1, workers=3), ACCEPTED, None)
+    service.store.insert(row(2), ACCEPTED, None)
+    project = service.client.get("/v1/project").json()
+    assert (project["name"], project["role"]) == ("default", "admin")
+    use = project["use"]
+    assert (use["running_workers"], use["running_cpus"], use["running_gpus"], use["queued_jobs"]) == (3, 3, 0, 1)
+    assert set(project["quotas"].values()) == {None}
+
+
+def test_a_project_with_live_jobs_is_not_archived(service: Service) -> None:
+    service.store.insert(row(1), ACCEPTED, None)
+    with pytest.raises(Exception, match="1 jobs of project default have not ended"):
+        service.tenants.archive("default", True, OPERATOR)
+    assert service.client.get("/v1/project").status_code == 200
+
+
+@pytest.fixture
+def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`lockstep-server` on a database of its own: run it with words, get (exit code, output)."""
+    new_store(tmp_path)._engine.dispose()
+    monkeypatch.setenv("LOCKSTEP_DATABASE_URL", f"sqlite:///{tmp_path / 'lockstep.db'}")
+    monkeypatch.setenv("LOCKSTEP_STORAGE", "s3://memory/root")
+
+    def run(words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, words.split())
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return run
+
+
+def test_an_operator_sets_up_a_project_from_nothing(operator: Any) -> None:
+    operator("projects create vision")
+    operator("projects quota vision running_gpus=8 max_priority=-5 jobs_per_day=100")
+    operator("projects quota vision jobs_per_day=none")
+    assert "running_gpus=8 max_priority=-5\n" in operator("projects list")
+    operator("members add ada@example.org --role submitter --project vision")
+    assert "ada@example.org  submitter" in operator("members list --project vision")
+    key = operator("keys create --name laptop --project vision --role admin --member ada@example.org --expires-in 90d")
+    secret, key_id = key.split()[0], key.split()[1].rstrip(":")
+    listed = operator("keys list --project vision")
+    assert key_id in listed
+    assert secret not in listed
+    assert secret[:11] in listed
+    operator(f"keys revoke {key_id}")
+    assert "revoked" in operator("keys list")
+    operator("members remove ada@example.org --project vision")
+    operator("projects archive vision")
+    assert "archived" in operator("projects list")
+    operator("projects restore vision")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("projects create Vision", "small letters"),
+        ("projects create default", "already"),
+        ("projects quota default running_gpus=many", "is no quota"),
+        ("projects quota default gpus=8", "is no quota"),
+        ("projects quota default running_workers=0", "greater than or equal to 1"),
+        ("projects quota nowhere running_gpus=8", "no project nowhere"),
+        ("members add a/b --role viewer", "not allowed"),
+        ("members remove ada", "no member ada"),
+        ("members list --project nowhere", "no project nowhere"),
+        ("keys create --name k --project nowhere", "no project nowhere"),
+        ("keys create --name k --member ada", "not a member"),
+        ("keys create --name k --expires-in soon", "no duration"),
+        ("keys create --name k --expires-in 1s", "expires_in"),
+        ("keys revoke key-1", "no key key-1"),
+    ],
+)
+def test_what_an_operator_gets_wrong_is_one_line(operator: Any, words: str, says: str) -> None:
+    output = operator(words, code=1)
+    assert says in output
+    assert output.count("\n") == 1
+
+
+def test_what_an_operator_changes_is_in_the_log(operator: Any, tmp_path: Path) -> None:
+    operator("projects create vision")
+    operator("projects quota vision running_gpus=8")
+    engine = make_engine(f"sqlite:///{tmp_path / 'lockstep.db'}")
+    newest, first = Tenants(engine).audit("vision", 9, None)
+    engine.dispose()
+    assert (first.action, first.actor) == ("project.create", "operator")
+    assert (newest.action, newest.details) == ("project.quotas", {"quotas": {"running_gpus": 8}})
