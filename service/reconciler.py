@@ -210,7 +210,10 @@ class Reconciler:
         failpoint("after_submit", self._settings.failpoint)
 
     def _tell(self, job: JobRow, control: ControlDocument) -> None:
-        self._bucket.put_document(JobLayout(job.project, job.id).control(job.attempt), control)
+        layout = JobLayout(job.project, job.id)
+        if job.started_at is None:  # perhaps never submitted; without it no rebuild would know what is wanted
+            self._bucket.put_document(layout.job, job_document(job, job.parsed_spec))
+        self._bucket.put_document(layout.control(job.attempt), control)
 
     def _note_hold(self, job: JobRow, paused: bool) -> None:
         """Before the state: a rebuild of the database must neither start what is paused nor forget what is resumed."""
