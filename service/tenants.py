@@ -184,9 +184,7 @@ def admit(connection: sa.Connection, project: str, at: datetime) -> None:
         raise Conflict(f"project {project} is archived")
     if found.quotas == Quotas():
         return
-    waits = sa.select(sa.func.count()).where(
-        jobs.c.project == project, jobs.c.state == JobState.QUEUED.value, jobs.c.deleted_at.is_(None)
-    )
+    waits = sa.select(sa.func.count()).where(jobs.c.project == project, jobs.c.state == JobState.QUEUED.value)
     newest = sa.select(jobs.c.created_at).where(jobs.c.project == project).order_by(jobs.c.id.desc())
     since = None
     if found.quotas.jobs_per_day is not None:

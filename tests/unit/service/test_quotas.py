@@ -65,6 +65,7 @@ def test_many_at_once_get_no_more_than_the_quota(store: Store) -> None:
 
 def test_a_day_is_the_24_hours_before_and_deleted_jobs_count(store: Store) -> None:
     limit(store, jobs_per_day=2)
+    store.insert(row(9, created_at=T0, project="another"), ACCEPTED, None)
     store.insert(row(1, created_at=T0, state="failed", deleted_at=T0), ACCEPTED, None)
     store.insert(row(2, created_at=T0 + timedelta(hours=1)), ACCEPTED, None)
     late = T0 + timedelta(hours=23, minutes=59, seconds=30)
