@@ -20,7 +20,7 @@ from api.tenants import Quotas
 from service.audit import Change
 from service.audit import record as note
 from service.rows import IdempotencyRecord, JobFilter, JobRow, Mark, NewEvent, Replay, Tally
-from service.tables import events, idempotency, jobs, marks, pins
+from service.tables import events, idempotency, jobs, marks, pins, projects
 from service.tenants import admit, read_quotas
 
 _ENDED = [state.value for state in ENDED]
@@ -64,8 +64,10 @@ class Store:
         return None
 
     def adopt(self, job: JobRow, new_events: Sequence[NewEvent]) -> None:
-        """Insert a job that the bucket tells of, with its events; if it is live, pin what it begins at."""
+        """Insert a job that the bucket tells of, its project and its events; if it is live, pin what it begins at."""
         with self._writer.begin() as connection:
+            if connection.execute(sa.select(projects.c.name).where(projects.c.name == job.project)).first() is None:
+                connection.execute(projects.insert().values(name=job.project, created_at=now()))
             connection.execute(jobs.insert().values(**dataclasses.asdict(job)))
             self._append(connection, job.id, new_events)
             origin = CheckpointRef.model_validate(job.init) if job.init is not None else None

@@ -91,6 +91,13 @@ def test_the_control_plane_is_told_what_the_autoscaler_may_add(monkeypatch: pyte
     ]
 
 
+def test_clients_may_ask_for_every_name_of_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, pod(objects_of("production"), "Deployment/lockstep").containers[0])
+    assert {"localhost", "lockstep", "lockstep.ml.svc", "lockstep.example.com"} <= set(Settings().trusted_hosts)
+    set_environment(monkeypatch, pod(objects_of("gateway"), "Deployment/lockstep").containers[0])
+    assert "lockstep.example.com" in Settings().trusted_hosts
+
+
 def test_probes_ask_routes_that_exist() -> None:
     plane = pod(objects_of("minimal"), "Deployment/lockstep").containers[0]
     asked = [plane[kind]["httpGet"]["path"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")]

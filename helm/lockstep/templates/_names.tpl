@@ -13,6 +13,16 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Under which names clients may ask for the API; an address is always taken, so kubelet's probes are. */}}
+{{- define "lockstep.trustedHosts" -}}
+{{- $name := include "lockstep.fullname" . -}}
+{{- $service := printf "%s.%s" $name .Release.Namespace -}}
+{{- $hosts := list "localhost" $name $service (printf "%s.svc" $service) (printf "%s.svc.cluster.local" $service) -}}
+{{- if .Values.ingress.enabled }}{{ $hosts = append $hosts .Values.ingress.host }}{{ end -}}
+{{- if .Values.httpRoute.enabled }}{{ $hosts = concat $hosts .Values.httpRoute.hostnames }}{{ end -}}
+{{- concat $hosts .Values.controlPlane.trustedHosts | join "," -}}
+{{- end -}}
+
 {{- define "lockstep.rayName" -}}
 {{- .Values.ray.name | default (include "lockstep.fullname" .) -}}
 {{- end -}}

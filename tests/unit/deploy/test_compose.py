@@ -111,11 +111,13 @@ def test_settings_that_are_given_are_settings_that_we_have() -> None:
 def test_the_control_plane_can_start_from_what_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = make_secrets(tmp_path / "secrets")
     for variable, value in SERVICES["service"]["environment"].items():
-        monkeypatch.setenv(variable, value.replace("/run/secrets", str(secrets)))
+        defaulted = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+        monkeypatch.setenv(variable, defaulted.replace("/run/secrets", str(secrets)))
     settings = Settings()
     assert settings.database_url == (secrets / "database_url").read_text().strip()
     assert settings.ray_token_path == secrets / "ray_token"
     assert settings.bootstrap_key_path == secrets / "api_key"
+    assert settings.trusted_hosts == ("localhost", "service")
 
 
 @pytest.mark.parametrize("name", SERVICES)

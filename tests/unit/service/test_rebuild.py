@@ -10,9 +10,11 @@ import pytest
 from api.documents import CheckpointRef, StreamLine
 from api.errors import StorageUnavailable
 from api.jobs import Reason
+from api.layout import JobLayout
 from service.rebuild import Outcome, WrongBucket, rebuild, summary
 from service.rows import JobRow
 from service.tables import jobs
+from service.tenants import Tenants
 from service.verification import find_written
 from tests.fakes import ACCEPTED, T0, World, job_id, new_store, row, train_spec
 
@@ -291,3 +293,13 @@ def test_jobs_that_have_gone_on_since_a_backup_are_as_the_bucket_says(world: Wor
     world.passes(3)
     assert [session for session, name in world.ray.taken if name == f"{job_id(2)}-2"] == ["session-2"]
     assert again(world) == Outcome()
+
+
+def test_the_projects_of_the_jobs_come_back(world: World, tmp_path: Path) -> None:
+    trained(world)
+    theirs = JobLayout("theirs", job_id(1))
+    for key in [key for key in world.bucket.content if key.startswith("default/")]:
+        moved = world.bucket.content.pop(key).replace(b'"project":"default"', b'"project":"theirs"')
+        world.bucket.content[theirs.prefix + key.removeprefix(world.layout().prefix)] = moved
+    assert [job.project for job in lose(world, tmp_path / "new").rebuilt] == ["theirs"]
+    assert Tenants(world.store._engine).project("theirs").archived_at is None
