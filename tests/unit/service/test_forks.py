@@ -16,6 +16,8 @@ from tests.checkpoints import ref
 from tests.fakes import ACCEPTED, T0, dataset, job_id, leases_of, prepare_spec, row, settings_for, train_spec
 from tests.unit.service.in_process import BODY, Service, problem
 
+pytestmark = pytest.mark.database
+
 FROM = {"init": {"from_job": job_id(1)}}
 DATASETS = [("words", "v1", 2048), ("words", "v2", 2048), ("others", "v1", 4096), ("twins", "v1", 2048)]
 

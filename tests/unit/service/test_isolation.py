@@ -14,6 +14,8 @@ from service.auth import create_key
 from tests.fakes import ACCEPTED, dataset, job_id, row
 from tests.unit.service.in_process import BODY, Service, problem
 
+pytestmark = pytest.mark.database
+
 THEIRS, ENDED, NOWHERE = job_id(1), job_id(2), job_id(9)
 """Jobs of the project `default`, a live one and one that ended, and an id that nobody has."""
 STREAM = {"Accept": "text/event-stream"}

@@ -24,6 +24,8 @@ from service.sse import Streams, wants_stream
 from tests.fakes import ACCEPTED, MemoryBucket, job_id, new_store, row
 from tests.unit.service.test_run_reader import LAYOUT, Writer
 
+pytestmark = pytest.mark.database
+
 
 class FragileBucket(MemoryBucket):
     """Breaks down once, after a number of further answers, and counts the chunks that were fetched."""

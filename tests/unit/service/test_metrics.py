@@ -32,6 +32,8 @@ from service.tenants import Tenants
 from tests.fakes import ACCEPTED, FakeRay, MemoryBucket, job_id, new_store, row, settings_for
 from tests.servers import free_port
 
+pytestmark = pytest.mark.database
+
 AUTH = {"Authorization": "Bearer lk_test"}
 
 

@@ -20,6 +20,8 @@ from service.usage import Usage
 from tests.fakes import ACCEPTED, T0, MemoryBucket, job_id, new_store, row, settings_for
 from tests.unit.service.in_process import BODY, Service, problem
 
+pytestmark = pytest.mark.database
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:

@@ -18,6 +18,8 @@ from service.tenants import Tenants
 from service.verification import find_written
 from tests.fakes import ACCEPTED, T0, World, job_id, new_store, row, train_spec
 
+pytestmark = pytest.mark.database
+
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:

@@ -15,6 +15,8 @@ from service.tenants import Tenants
 from tests.fakes import ACCEPTED, job_id, new_store, row
 from tests.unit.service.in_process import BODY, Service, problem
 
+pytestmark = pytest.mark.database
+
 
 def audit(service: Service) -> list[dict[str, Any]]:
     """Return the audit log of the default project, oldest first, since the client's own key was made."""
