@@ -52,10 +52,11 @@ def make_engine(database_url: str) -> sa.Engine:
             connect_args={"connect_timeout": 5, "options": options, "application_name": "lockstep"},
             pool_pre_ping=True,
             json_serializer=_dumps,
+            hide_parameters=True,  # an error goes to the log, and parameters hold hashes of keys
             pool_size=10,
             max_overflow=30,
         )
-    engine = sa.create_engine(url, json_serializer=_dumps)
+    engine = sa.create_engine(url, json_serializer=_dumps, hide_parameters=True)
     sa.event.listen(engine, "connect", _configure_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -29,11 +29,11 @@ def sqlite_path(database_url: str) -> Path | None:
 
 @contextmanager
 def serving(database_url: str) -> Iterator[None]:
-    """Work on the database, beside others that do; DatabaseInUse while somebody restores or rebuilds it.
+    """Serve from the database; DatabaseInUse while somebody restores or rebuilds it, or serves from the same SQLite.
 
     The system itself lets go of the lock when the process ends, however it does.
     """
-    with _locked(database_url, fcntl.LOCK_SH, "is just being restored or rebuilt; start again when that is done"):
+    with _locked(database_url, fcntl.LOCK_EX, "has a control plane already, or is just being restored or rebuilt"):
         yield
 
 

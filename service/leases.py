@@ -1,5 +1,6 @@
 """Leases: how several control planes on one database share the work. They save work; correctness never needs them.
 
+Each job that has an attempt is leased by itself; one of all holds the line, and with it every job that waits.
 A control plane that was too slow to keep a lease does no harm: what it decides is written only if nobody has changed
 the row meanwhile, Ray takes a submission id once, and a wish in the bucket is rewritten until it says what the row
 says. All times are the database's, so no two machines need to agree on theirs.
@@ -9,6 +10,7 @@ import secrets
 import socket
 from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
+from time import monotonic
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
@@ -17,6 +19,8 @@ from service.tables import leases
 
 _REPLICA = "replica "
 """Begins the name of the lease that each control plane holds on itself."""
+LINE = "line"
+"""The lease of whoever decides which job begins: two at once would each give away the same room."""
 _LONG_AGO = timedelta(hours=1)
 """What control planes that died have left is swept away after that."""
 
@@ -27,6 +31,7 @@ class Leases:
     def __init__(self, engine: sa.Engine, seconds: float) -> None:
         """A lease that is not renewed for so many seconds is anybody's."""
         self._engine, self._term = engine, timedelta(seconds=seconds)
+        self._renewed_at = 0.0
         self._alone = engine.dialect.name == "sqlite"
         self.holder = f"{socket.gethostname()[:40]}-{secrets.token_hex(6)}"
 
@@ -39,6 +44,7 @@ class Leases:
         wanted = sorted(set(names))
         if self._alone:
             return set(wanted)
+        self._renewed_at = monotonic()
         with self._engine.begin() as connection:
             now = connection.execute(sa.select(sa.func.now())).scalar_one()
             self._take(connection, _REPLICA + self.holder, now)
@@ -52,12 +58,28 @@ class Leases:
             connection.execute(leases.delete().where(leases.c.expires_at < now - _LONG_AGO))
         return taken
 
-    def hold(self, name: str) -> bool:
-        """Renew or take one lease that only one control plane shall have; False if another one has it."""
+    def renewed(self, names: Collection[str]) -> Collection[str]:
+        """Return those of our leases that are still ours, in the midst of a long pass: a third of the term after they
+        were last renewed, they are renewed."""
+        if self._alone or monotonic() - self._renewed_at < self._term.total_seconds() / 3:
+            return names
+        self._renewed_at = monotonic()
+        ours = sa.and_(leases.c.holder == self.holder, leases.c.name.in_([*names, _REPLICA + self.holder]))
+        later = sa.func.now() + sa.bindparam("term", self._term, sa.Interval)
+        renew = leases.update().where(ours).values(expires_at=later).returning(leases.c.name)
+        with self._engine.begin() as connection:
+            return set(connection.execute(renew).scalars()) & set(names)
+
+    def hold(self, name: str, seconds: float | None = None) -> bool:
+        """Renew or take one lease that only one control plane shall have; False if another one has it.
+
+        It lasts as long as any, or for so many seconds.
+        """
         if self._alone:
             return True
+        term = self._term if seconds is None else timedelta(seconds=seconds)
         with self._engine.begin() as connection:
-            return self._take(connection, name, connection.execute(sa.select(sa.func.now())).scalar_one())
+            return self._take(connection, name, connection.execute(sa.select(sa.func.now())).scalar_one(), term)
 
     def release(self) -> None:
         """Let go of everything, so that others need not wait."""
@@ -65,9 +87,9 @@ class Leases:
             with self._engine.begin() as connection:
                 connection.execute(leases.delete().where(leases.c.holder == self.holder))
 
-    def _take(self, connection: sa.Connection, name: str, now: datetime) -> bool:
+    def _take(self, connection: sa.Connection, name: str, now: datetime, term: timedelta | None = None) -> bool:
         """Take or renew a lease unless another control plane holds it."""
-        values = {"holder": self.holder, "expires_at": now + self._term}
+        values = {"holder": self.holder, "expires_at": now + (self._term if term is None else term)}
         free = sa.or_(leases.c.holder == self.holder, leases.c.expires_at <= now)
         statement = insert(leases).values(name=name, **values)
         statement = statement.on_conflict_do_update(index_elements=["name"], set_=values, where=free)

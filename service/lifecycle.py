@@ -159,12 +159,16 @@ class Finish:
 Decision = Wait | Begin | Submit | Move | TellStop | StopRay | Recover | Finish
 
 
+IDLE = (JobState.QUEUED, JobState.RECOVERING, JobState.PAUSED)
+"""Without an attempt, and in the line or out of it by a user's wish."""
+
+
 def decide(job: JobView, seen: Observation, now: datetime, policy: Policy) -> Decision:
     """Return what to do about a job. Pure; the reconciler carries it out."""
     if job.state in ENDED:
         return Wait()
     late = job.deadline is not None and now >= job.deadline
-    if job.state in (JobState.QUEUED, JobState.RECOVERING, JobState.PAUSED):
+    if job.state in IDLE:
         if job.cancel_requested:
             return Finish(JobState.CANCELLED, Reason.USER_CANCELLED, REASONS[Reason.USER_CANCELLED].sentence)
         if late:
@@ -212,7 +216,10 @@ def _decide_live(job: JobView, seen: Observation, now: datetime, policy: Policy)
     if seen.ray is RayStatus.ABSENT:
         if job.state is JobState.STARTING:
             refused = f"Ray took no submission in {policy.start_deadline:.0f} s"
-            return _lost(job, Reason.START_TIMEOUT, refused, now, policy) if late else Submit()
+            if late:
+                return _lost(job, Reason.START_TIMEOUT, refused, now, policy)
+            # A stop that the attempt was told, and that this row knows nothing of: another control plane is ahead.
+            return Submit() if seen.control is None or seen.control.wish == "run" else Wait()
         return _lost(job, Reason.RAY_LOST, "Ray no longer knows this attempt", now, policy)
     if seen.ray.over:
         if seen.fault is not None:

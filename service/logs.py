@@ -100,7 +100,8 @@ class Redaction:
 def known_secrets(settings: Settings, environment: Mapping[str, str]) -> set[str]:
     """Return the secrets of Ray, the bucket and the database that this process was given; those it cannot read, not."""
     found = {environment.get(name, "") for name in _SECRETS}
-    found.add(make_url(settings.database_url).password or "")
+    url = make_url(settings.database_url)
+    found |= {url.password or "", str(url.query.get("password", "")), environment.get("PGPASSWORD", "")}
     for path in (settings.ray_token_path, settings.bootstrap_key_path):
         with suppress(OSError):
             found.add(path.read_text().strip() if path is not None else "")

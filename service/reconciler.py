@@ -5,7 +5,7 @@ takes it once, and every change of state is one guarded update. Nothing is remem
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
@@ -28,8 +28,9 @@ from api.names import submission_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
 from service.failpoints import failpoint
-from service.leases import Leases
+from service.leases import LINE, Leases
 from service.lifecycle import (
+    IDLE,
     Begin,
     Decision,
     Finish,
@@ -96,7 +97,9 @@ class Reconciler:
         Whose turn it is follows from all of them; to act on a job is the matter of the control plane that leases it.
         """
         live, deleted = self._store.live(), self._store.to_purge()
-        ours = self._leases.share(job.id for job in (*live, *deleted))
+        ours: Collection[str] = self._leases.share(lease_of(job) for job in (*live, *deleted) if lease_of(job) != LINE)
+        if self._leases.hold(LINE):
+            ours = {*ours, LINE}
         if live:
             cluster = observe_cluster(self._ray)
             turns = take_turns(live, cluster.nodes, self._settings, now(), self._store.quotas())
@@ -105,7 +108,8 @@ class Reconciler:
             for job in live:
                 if self.loop.stopping:
                     return
-                if job.id in ours:
+                ours = self._leases.renewed(ours)
+                if lease_of(job) in ours:
                     self._reconcile_safely(job, cluster, turns.get(job.id, Turn()))
         for job in deleted:
             if job.id in ours:
@@ -116,13 +120,19 @@ class Reconciler:
         """One job's trouble must not stop the others."""
         with about(job=job.id, attempt=job.attempt):
             try:
-                self.reconcile(job, cluster, turn)
+                if self._is_present(job):
+                    self.reconcile(job, cluster, turn)
             except SQLAlchemyError:
                 raise
             except (LockstepError, ValueError) as error:
                 logger.warning("%s", error)
             except Exception:
                 logger.exception("a bug; the next pass tries again")
+
+    def _is_present(self, job: JobRow) -> bool:
+        """Whether nobody has changed a job since it was read: a pass over many takes its time."""
+        present = self._store.get(job.id, job.project)
+        return present is not None and present.version == job.version
 
     def reconcile(self, job: JobRow, cluster: ClusterView, turn: Turn) -> None:
         """Observe, decide, act, apply."""
@@ -139,7 +149,7 @@ class Reconciler:
             case Begin(ray_session, workers):
                 self._begin(job, ray_session, workers)
             case Submit():
-                self._submit(job)
+                self._submit(job, seen)
             case Move(state, message, stop_reason):
                 changes: dict[str, Any] = {"stop_reason": stop_reason}
                 if state is JobState.RUNNING and job.started_at is None:
@@ -186,13 +196,18 @@ class Reconciler:
         if self._enter(job, JobState.STARTING, message, changes, data=data) is not None:
             failpoint("after_intent", self._settings.failpoint)
 
-    def _submit(self, job: JobRow) -> None:
-        """Write the attempt down in the bucket, then post it. A failed post decides nothing: the next pass looks."""
+    def _submit(self, job: JobRow, seen: Observation) -> None:
+        """Write the attempt down in the bucket, then post it. A failed post decides nothing: the next pass looks.
+
+        This is the one act that no guarded update goes before. So who is late must not call back what another control
+        plane has told the attempt meanwhile, and looks once more whether it is still wanted.
+        """
         layout = JobLayout(job.project, job.id)
         spec = job.parsed_spec
         assert job.ray_session is not None
         self._bucket.put_document(layout.job, job_document(job, spec))
-        self._bucket.put_document(layout.control(job.attempt), ControlDocument(wish="run"))
+        if seen.control is None:
+            self._bucket.put_document(layout.control(job.attempt), ControlDocument(wish="run"))
         attempt = AttemptDocument(
             job_id=job.id,
             attempt=job.attempt,
@@ -203,6 +218,8 @@ class Reconciler:
         )
         self._bucket.put_document(layout.attempt(job.attempt), attempt)
         failpoint("after_attempt_record", self._settings.failpoint)
+        if not self._is_present(job):
+            return
         try:
             self._ray.submit(submission(spec, job.project, job.id, job.attempt, self._settings))
         except RayUnreachable as error:
@@ -334,6 +351,11 @@ def view(job: JobRow) -> JobView:
         not_before=job.not_before,
         deadline=deadline,
     )
+
+
+def lease_of(job: JobRow) -> str:
+    """Return the lease that it takes to act on a job: its own, or that of the line that it waits in."""
+    return LINE if JobState(job.state) in IDLE else job.id
 
 
 def final_document(job: JobRow) -> FinalDocument:

@@ -20,10 +20,9 @@ from api.documents import (
 )
 from api.jobs import JobState, Progress, Reason
 from api.spec import PrepareSpec
+from service.lifecycle import IDLE
 from service.reasons import REASONS
 from service.rows import JobRow
-
-_IDLE = (JobState.QUEUED, JobState.RECOVERING, JobState.PAUSED)
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def newer(row: JobRow, found: JobRow) -> dict[str, Any]:
     everything["attempt"] = max(row.attempt, found.attempt)
     if now.ended or found.attempt > row.attempt:
         return everything | _still_cancelled(row, found)
-    if was in _IDLE:  # nothing can have come after that but a pause or its end
+    if was in IDLE:  # nothing can have come after that but a pause or its end
         held = ("pause_requested", "workers_wanted")
         speaks = now in (JobState.PAUSED, JobState.QUEUED)
         return {name: everything[name] for name in held if speaks and everything[name] != getattr(row, name)}

@@ -178,19 +178,19 @@ class Retention:
         self, store: Store, bucket: Bucket, settings: Settings, leases: Leases, note_pass: NotePass = nobody
     ) -> None:
         self._store, self._bucket, self._leases = store, bucket, leases
-        self._grace = timedelta(seconds=settings.retention_grace)
+        self._grace, self._interval = timedelta(seconds=settings.retention_grace), settings.retention_interval
         self._memory: dict[str, _Memory] = {}
         # In a thread of its own: it lists a lot, and no wish to stop shall wait for that.
         self.loop = Periodic("retention", lambda: self.run(present()), settings.retention_interval, note_pass)
 
     def run(self, now: datetime) -> None:
         """One pass. The trouble of one job stops no other; a bucket that does not answer stops all."""
-        if not self._leases.hold("retention"):
+        if not self._is_ours():
             return
         jobs = self._store.retained()
         self._memory = {job.id: self._memory.get(job.id, _Memory()) for job in jobs}
         for job in jobs:
-            if self.loop.stopping:
+            if self.loop.stopping or not self._is_ours():
                 return
             with about(job=job.id):
                 try:
@@ -205,6 +205,10 @@ class Retention:
                 except Exception:
                     logger.exception("its checkpoints are left as they are, for a bug")
 
+    def _is_ours(self) -> bool:
+        """Whether of several control planes this is the one that does it; it stays the one from pass to pass."""
+        return self._leases.hold("retention", 2 * self._interval)
+
     def _retain(self, job: JobRow, now: datetime) -> None:
         policy = policy_of(job.parsed_spec)
         if not (policy or JobState(job.state).ended):
@@ -213,7 +217,7 @@ class Retention:
         decision = decide(look, policy, now, self._grace)
         self._store.mark(job.id, decision.mark, now)
         if decision.unmark:
-            self._store.unmark(job.id, decision.unmark)
+            self._store.unmark_as_seen(job.id, [mark for mark in look.marks if mark.at in decision.unmark])
         shown = {folder.at for folder in _shown(look)}  # of others a user knows nothing
         for at in decision.delete:
             if self._store.doom(job, at, now, gone(at, f"retention: {policy}") if at in shown else None):

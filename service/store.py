@@ -246,8 +246,15 @@ class Store:
             if rows:
                 connection.execute(marks.insert().values(marked_at=at, doomed=0), rows)
 
+    def unmark_as_seen(self, job_id: str, seen: Collection[Mark]) -> None:
+        """Take marks away whose checkpoints are needed again, unless they have changed since they were seen."""
+        with self._writer.begin() as connection:
+            for mark in seen:
+                same = (marks.c.marked_at == mark.marked_at, marks.c.doomed == int(mark.doomed))
+                connection.execute(marks.delete().where(*_at(marks, job_id, mark.at), *same))
+
     def unmark(self, job_id: str, refs: Collection[CheckpointRef]) -> None:
-        """Take marks away: their checkpoints are needed again, or gone."""
+        """Take marks away: their checkpoints are gone."""
         with self._writer.begin() as connection:
             for ref in refs:
                 connection.execute(marks.delete().where(*_at(marks, job_id, ref)))

@@ -1,5 +1,6 @@
 """Leases on a real PostgreSQL: two control planes share the work, and what one leaves the other takes."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -65,6 +66,30 @@ def test_who_ends_leaves_its_work_at_once_and_who_dies_after_the_term(engine: sa
     other.release()
     dead.share(JOBS)
     wait_until(lambda: other.share(JOBS) == JOBS)
+
+
+def test_a_long_pass_keeps_its_leases(engine: sa.Engine) -> None:
+    slow, other = Leases(engine, 0.3), Leases(engine, 60)
+    slow.share(JOBS)
+    end = time.monotonic() + 0.9
+    while time.monotonic() < end:
+        assert slow.renewed(JOBS) == JOBS
+        assert other.share(JOBS) == set()
+
+
+def test_who_has_lost_its_leases_learns_of_it(engine: sa.Engine) -> None:
+    stalled, other = Leases(engine, 0.05), Leases(engine, 60)
+    stalled.share(JOBS)
+    wait_until(lambda: other.share(JOBS) == JOBS)
+    assert set(stalled.renewed(JOBS)) == set()
+
+
+def test_a_lease_may_last_longer_than_the_others(engine: sa.Engine) -> None:
+    one, other = Leases(engine, 0.05), Leases(engine, 0.05)
+    assert one.hold("retention", 60)
+    one.share(JOBS)
+    wait_until(lambda: other.share(JOBS) == JOBS)
+    assert not other.hold("retention", 60)
 
 
 def test_two_that_reach_for_the_same_at_once_do_not_both_get_it(engine: sa.Engine) -> None:

@@ -106,7 +106,7 @@ def test_a_submission_for_a_ray_that_was_restarted_is_refused_whenever_it_arrive
     assert late.job().faults == 0
 
 
-@pytest.mark.parametrize("place", ["job.json", "control.json", "attempt.json", "/api/jobs/"])
+@pytest.mark.parametrize("place", ["job.json", "attempt.json", "/api/jobs/"])
 def test_a_ray_that_is_restarted_while_the_attempt_is_written_down_does_not_run_it(late: Late, place: str) -> None:
     """The look at its session was just before."""
 

@@ -207,9 +207,9 @@ def test_what_is_no_backup_of_ours_is_refused(store: Store, url: str, tmp_path: 
     assert len(jobs_of(tmp_path / "lockstep.db")) == 99
 
 
-def test_control_planes_share_a_database_and_who_rebuilds_it_is_alone(url: str) -> None:
+def test_an_embedded_database_has_one_control_plane_and_who_rebuilds_it_is_alone(url: str) -> None:
     with serving(url):
-        with serving(url):
+        with pytest.raises(DatabaseInUse, match="has a control plane already"), serving(url):
             pass
         with pytest.raises(DatabaseInUse), alone(url):
             pass

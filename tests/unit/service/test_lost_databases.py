@@ -98,7 +98,7 @@ class Losing(Fate):
             assert now.attempt in (was.attempt, was.attempt - 1), "no more is lost than the intent of an attempt"
             assert now.faults - was.faults in (0, 1)
             if was.state == JobState.PAUSED and was.pause_requested:
-                assert now.pause_requested, "who is paused stays so"
+                assert now.pause_requested or JobState(now.state).ended, "who is paused stays so, if not just cancelled"
             self.lost[f"{was.state} {now.state}"] += 1
 
 

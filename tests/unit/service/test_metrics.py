@@ -29,6 +29,7 @@ from service.server import Server
 from service.sse import Streams
 from service.store import Store
 from service.tenants import Tenants
+from tests.databases import on_postgres
 from tests.fakes import ACCEPTED, FakeRay, MemoryBucket, job_id, new_store, row, settings_for
 from tests.servers import free_port
 
@@ -251,6 +252,7 @@ def test_what_is_the_same_on_every_replica_says_so(service: Service) -> None:
     }
 
 
+@pytest.mark.skipif(on_postgres(), reason="the words are SQLite's")
 def test_a_scrape_reads_an_index_and_not_the_jobs(service: Service) -> None:
     asked: list[tuple[str, Any]] = []
 

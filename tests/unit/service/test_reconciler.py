@@ -11,6 +11,7 @@ import pytest
 from api.documents import (
     AttemptDocument,
     CheckpointRef,
+    ControlDocument,
     FinalDocument,
     JobDocument,
     Manifest,
@@ -20,9 +21,10 @@ from api.jobs import JobState, Reason
 from api.layout import chunk
 from service import observer
 from service import reconciler as reconciler_module
-from service.lifecycle import Turn
-from service.observer import observe_cluster
+from service.lifecycle import Observation, RayStatus, Turn
+from service.observer import observe, observe_cluster
 from service.rows import JobRow
+from service.standstill import Standstill
 from tests.fakes import T0, Crash, World, job_id, row, train_spec
 
 pytestmark = pytest.mark.database
@@ -63,6 +65,56 @@ def test_a_job_goes_from_the_line_to_its_end(world: World) -> None:
     assert [e for e in world.events() if e[0] == "state"] == [
         ("state", state) for state in ("queued", "starting", "running", "succeeded")]  # fmt: skip
     assert world.ray.posts == [f"{job_id(1)}-1"]
+
+
+def look(world: World, job: JobRow) -> Observation:
+    """See what there is to see of a job now."""
+    ray = world.ray.backend()
+    return observe(job, observe_cluster(ray), ray, world.bucket, Turn(), Standstill(600), 0)
+
+
+def test_a_slow_control_plane_starts_no_attempt_that_another_has_ended(world: World) -> None:
+    """It has read the row; before it posts, the job is cancelled from end to end."""
+    world.add()
+    world.passes()
+    stale = world.job()
+    seen = look(world, stale)
+    world.store.request_cancel(stale.id)
+    world.passes(3)
+    assert world.job().state == "cancelled"
+    world.reconciler.reconcile(stale, observe_cluster(world.ray.backend()), Turn())  # it sees what was told
+    world.reconciler._submit(stale, seen)  # it had looked before that
+    assert world.ray.posts == []
+
+
+def test_what_an_attempt_was_told_is_not_called_back(world: World) -> None:
+    world.add()
+    world.passes()
+    world.bucket.put_document(world.layout().control(1), ControlDocument(wish="superseded"))
+    world.passes(3)
+    assert (world.ray.posts, world.wish(), world.job().state) == ([], "superseded", "starting")
+    world.passes(2, seconds=600)
+    assert world.job().state == "starting"
+    assert world.job().attempt == 2
+
+
+def test_a_job_that_has_changed_since_it_was_read_is_left_for_the_next_pass(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another control plane has gone on with it while this one was busy with others."""
+    for number in (1, 2):
+        world.add(number)
+
+    def slow(job: JobRow, *_: object) -> None:
+        if job.id == job_id(1):
+            second = world.job(2)
+            assert world.store.apply(second, {"message": "another was here"}) is not None
+        done.append(job.id)
+
+    done: list[str] = []
+    monkeypatch.setattr(world.reconciler, "reconcile", slow)
+    world.passes()
+    assert done == [job_id(1)]
 
 
 def test_a_slow_control_plane_does_not_overwrite_the_end_that_another_has_recorded(world: World) -> None:
@@ -112,8 +164,9 @@ def test_a_lost_reply_is_found_by_looking_not_by_posting_again(world: World) -> 
 def test_a_duplicate_answered_with_500_is_adopted(world: World) -> None:
     world.add()
     world.passes()
+    unseen = dataclasses.replace(look(world, world.job()), ray=RayStatus.ABSENT)
     world.ray.jobs[f"{job_id(1)}-1"] = "PENDING"
-    world.reconciler._submit(world.job())
+    world.reconciler._submit(world.job(), unseen)
     assert world.ray.posts == [f"{job_id(1)}-1"]
     world.began()
     world.passes()
