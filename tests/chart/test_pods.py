@@ -107,6 +107,12 @@ def test_probes_ask_routes_that_exist() -> None:
     assert test["command"][-1] == "http://lockstep:8700/readyz"
 
 
+def test_a_test_leaves_its_log_to_be_read() -> None:
+    """Helm reads it after the hook's end; what is deleted by then cannot be read."""
+    test = named(objects_of("minimal"), "Pod")["lockstep-test"]
+    assert test["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
+
+
 def test_in_maintenance_nothing_serves_and_nothing_restarts_the_pod() -> None:
     objects = render(values_of("minimal") | {"controlPlane": {"maintenance": True}})
     container = pod(objects, "Deployment/lockstep").containers[0]
