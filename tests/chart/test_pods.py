@@ -208,6 +208,28 @@ def test_sqlite_is_never_shared_and_postgres_is_migrated_first() -> None:
     assert not named(shared, "PersistentVolumeClaim")
 
 
+def test_serving_and_migrating_verify_the_certificate_of_the_database() -> None:
+    objects = objects_of("production")
+    for owner in ("Deployment/lockstep", "Job/lockstep-migrate"):
+        each = pod(objects, owner)
+        values = environment(each.containers[0])
+        assert values["PGSSLMODE"] == "verify-full"
+        folder, _, file = values["PGSSLROOTCERT"].rpartition("/")
+        (mount,) = (m["name"] for m in each.containers[0]["volumeMounts"] if m["mountPath"] == folder)
+        (volume,) = (v["configMap"] for v in each.spec["volumes"] if v["name"] == mount)
+        assert volume == {"name": "postgres-ca", "items": [{"key": "root.crt", "path": file}]}
+
+
+def test_serving_and_migrating_are_told_the_same() -> None:
+    """A proxy, or a setting that the other must agree with."""
+    objects = objects_of("production")
+    serving, migrating = (
+        environment(pod(objects, owner).containers[0]) for owner in ("Deployment/lockstep", "Job/lockstep-migrate")
+    )
+    assert migrating["LOCKSTEP_START_DEADLINE"] == "800"
+    assert migrating.items() <= serving.items()
+
+
 @pytest.mark.parametrize("scenario", MANIFESTS)
 def test_no_container_names_a_variable_twice(scenario: str) -> None:
     for each in pods(objects_of(scenario)):

@@ -43,9 +43,6 @@
   value: {{ . | quote }}
 {{- end }}
 {{ include "lockstep.storageEnv" . }}
-{{- with .Values.ray.extraEnv }}
-{{ toYaml . }}
-{{- end }}
 {{- end -}}
 
 {{- define "lockstep.rayMounts" -}}
