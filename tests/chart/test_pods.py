@@ -32,6 +32,7 @@ from tests.chart.validation import validate
 from workers import settings as worker_settings
 from workers.settings import WorkerSettings
 
+URL_FILE = "LOCKSTEP_DATABASE_URL_PATH"
 MANIFESTS = sorted(SCENARIOS)
 RAY_PODS = ("RayCluster/lockstep/headgroup", "RayCluster/lockstep/cpu")
 
@@ -44,7 +45,7 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, container: Object) -> dict[
     """Make the environment of this process that of a container, as far as ours and the bucket's variables go."""
     values = environment(container)
     for name, value in values.items():
-        if name.startswith("LOCKSTEP_"):
+        if name.startswith("LOCKSTEP_") and name != URL_FILE:  # the file is on the pod
             monkeypatch.setenv(name, value)
     return values
 
@@ -218,6 +219,17 @@ def test_serving_and_migrating_verify_the_certificate_of_the_database() -> None:
         (mount,) = (m["name"] for m in each.containers[0]["volumeMounts"] if m["mountPath"] == folder)
         (volume,) = (v["configMap"] for v in each.spec["volumes"] if v["name"] == mount)
         assert volume == {"name": "postgres-ca", "items": [{"key": "root.crt", "path": file}]}
+
+
+def test_serving_and_migrating_read_the_url_of_the_database_in_a_file() -> None:
+    for owner in ("Deployment/lockstep", "Job/lockstep-migrate"):
+        each = pod(objects_of("database-url-in-a-file"), owner)
+        container = each.containers[0]
+        folder, _, file = environment(container)[URL_FILE].rpartition("/")
+        (mount,) = (m["name"] for m in container["volumeMounts"] if m["mountPath"] == folder)
+        (secret,) = (v["secret"] for v in each.spec["volumes"] if v["name"] == mount)
+        assert (secret["secretName"], secret["items"]) == ("postgres-app", [{"key": "uri", "path": file}])
+        assert not {"PGPASSWORD", "LOCKSTEP_DATABASE_URL"} & {variable["name"] for variable in container["env"]}
 
 
 def test_serving_and_migrating_are_told_the_same() -> None:

@@ -64,6 +64,11 @@ BY_SENTENCE: list[tuple[Object, str]] = [
     ({"httpRoute": {"enabled": True}}, "httpRoute.enabled needs httpRoute.parentRefs"),
     ({"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}}, "all would be answered 400"),
     ({"monitoring": {"prometheusRule": {"enabled": True}}}, "Set monitoring.serviceMonitor.enabled"),
+    ({"database": {"urlKey": "uri"}}, "database.urlKey names a key of database.existingSecret"),
+    (
+        {"database": {"urlKey": "uri", "existingSecret": "x", "url": "postgresql://a@b/c"}},
+        "Name that Secret, and leave database.url out",
+    ),
     ({"database": {"ca": {"existingConfigMap": "ca"}}}, "database.ca is for a PostgreSQL"),
     (
         {"database": {"url": "postgresql://a@b/c?sslmode=require", "ca": {"existingConfigMap": "ca"}}},

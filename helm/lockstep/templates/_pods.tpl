@@ -96,12 +96,21 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}
 
+{{/* Without a URL: `true`, else nothing. */}}
+{{- define "lockstep.sqlite" -}}
+{{- if not (or .Values.database.url .Values.database.urlKey) }}true{{ end -}}
+{{- end -}}
+
 {{/*
-The database, for serving and for migrating; called with (list context secret). libpq reads PGPASSWORD by itself, so no URL
-holds a password.
+The database, for serving and for migrating; called with (list context secret). A URL that is told here has no password, since
+libpq reads PGPASSWORD by itself; one with a password is a file.
 */}}
 {{- define "lockstep.databaseEnv" -}}
 {{- $database := (index . 0).Values.database -}}
+{{- if $database.urlKey }}
+- name: LOCKSTEP_DATABASE_URL_PATH
+  value: /etc/lockstep/database/url
+{{- else }}
 - name: LOCKSTEP_DATABASE_URL
   value: {{ $database.url | default "sqlite:////var/lib/lockstep/lockstep.db" | quote }}
 {{- with index . 1 }}
@@ -110,6 +119,7 @@ holds a password.
     secretKeyRef:
       name: {{ . }}
       key: {{ $database.existingSecret | empty | ternary "password" $database.passwordKey }}
+{{- end }}
 {{- end }}
 {{- if $database.ca.existingConfigMap }}
 - name: PGSSLMODE
@@ -120,6 +130,11 @@ holds a password.
 {{- end -}}
 
 {{- define "lockstep.databaseMounts" -}}
+{{- if .Values.database.urlKey }}
+- name: database-url
+  mountPath: /etc/lockstep/database
+  readOnly: true
+{{- end }}
 {{- if .Values.database.ca.existingConfigMap }}
 - name: database-ca
   mountPath: /etc/lockstep/database-ca
@@ -128,6 +143,15 @@ holds a password.
 {{- end -}}
 
 {{- define "lockstep.databaseVolumes" -}}
+{{- with .Values.database.urlKey }}
+- name: database-url
+  secret:
+    secretName: {{ $.Values.database.existingSecret }}
+    defaultMode: 0440
+    items:
+      - key: {{ . }}
+        path: url
+{{- end }}
 {{- with .Values.database.ca.existingConfigMap }}
 - name: database-ca
   configMap:
