@@ -10,6 +10,9 @@ import yaml
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CONFIG, RULES = DEPLOY / "prometheus/prometheus.yml", DEPLOY / "prometheus/rules.yml"
 
+EVERY_NAMESPACE = ".*"
+"""What Grafana puts for the choice of all; it matches series without a namespace, too."""
+
 _NOT_METRICS = {"and", "bool", "by", "on", "or", "unless"}
 
 
@@ -38,6 +41,7 @@ def queries(job_id: str) -> dict[str, str]:
         for panel in panels(dashboard(name)):
             for target in panel["targets"]:
                 query = target["expr"].replace("$__rate_interval", "10s").replace("$job", job_id)
+                query = query.replace("$namespace", EVERY_NAMESPACE)
                 found[f"{name}: {panel['title']}, {target['refId']}"] = query
     for name, rule in alerts().items():
         query, comparisons = re.subn(r"(>|<|==)(?=\s+[\d.]+$)", r"\1 bool", rule["expr"].strip())

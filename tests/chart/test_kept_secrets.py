@@ -1,5 +1,7 @@
 """What the chart has generated once stays as it is: Helm looks it up in the cluster."""
 
+import re
+
 import yaml
 from helm_python import Config
 
@@ -31,6 +33,7 @@ def test_generated_secrets_are_kept() -> None:
 
 def test_where_none_are_each_is_made_anew() -> None:
     first, second = installed({}), installed({})
+    assert re.fullmatch(r"lk_\w{43}", first["lockstep-api-key"]["api-key"])
     assert first.keys() == second.keys() == MADE.keys()
     for name, values in first.items():
         for key, value in values.items():

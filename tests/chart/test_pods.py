@@ -32,6 +32,7 @@ from tests.chart.validation import validate
 from workers import settings as worker_settings
 from workers.settings import WorkerSettings
 
+URL_FILE = "LOCKSTEP_DATABASE_URL_PATH"
 MANIFESTS = sorted(SCENARIOS)
 RAY_PODS = ("RayCluster/lockstep/headgroup", "RayCluster/lockstep/cpu")
 
@@ -44,7 +45,7 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, container: Object) -> dict[
     """Make the environment of this process that of a container, as far as ours and the bucket's variables go."""
     values = environment(container)
     for name, value in values.items():
-        if name.startswith("LOCKSTEP_"):
+        if name.startswith("LOCKSTEP_") and name != URL_FILE:  # the file is on the pod
             monkeypatch.setenv(name, value)
     return values
 
@@ -105,6 +106,12 @@ def test_probes_ask_routes_that_exist() -> None:
     assert set(asked) <= make_api(0).openapi()["paths"].keys()
     (test,) = pod(objects_of("minimal"), "Pod/lockstep-test").containers
     assert test["command"][-1] == "http://lockstep:8700/readyz"
+
+
+def test_a_test_leaves_its_log_to_be_read() -> None:
+    """Helm reads it after the hook's end; what is deleted by then cannot be read."""
+    test = named(objects_of("minimal"), "Pod")["lockstep-test"]
+    assert test["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"
 
 
 def test_in_maintenance_nothing_serves_and_nothing_restarts_the_pod() -> None:
@@ -200,6 +207,39 @@ def test_sqlite_is_never_shared_and_postgres_is_migrated_first() -> None:
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
     assert job["spec"]["template"]["spec"]["containers"][0]["command"] == ["lockstep-server", "migrate"]
     assert not named(shared, "PersistentVolumeClaim")
+
+
+def test_serving_and_migrating_verify_the_certificate_of_the_database() -> None:
+    objects = objects_of("production")
+    for owner in ("Deployment/lockstep", "Job/lockstep-migrate"):
+        each = pod(objects, owner)
+        values = environment(each.containers[0])
+        assert values["PGSSLMODE"] == "verify-full"
+        folder, _, file = values["PGSSLROOTCERT"].rpartition("/")
+        (mount,) = (m["name"] for m in each.containers[0]["volumeMounts"] if m["mountPath"] == folder)
+        (volume,) = (v["configMap"] for v in each.spec["volumes"] if v["name"] == mount)
+        assert volume == {"name": "postgres-ca", "items": [{"key": "root.crt", "path": file}]}
+
+
+def test_serving_and_migrating_read_the_url_of_the_database_in_a_file() -> None:
+    for owner in ("Deployment/lockstep", "Job/lockstep-migrate"):
+        each = pod(objects_of("database-url-in-a-file"), owner)
+        container = each.containers[0]
+        folder, _, file = environment(container)[URL_FILE].rpartition("/")
+        (mount,) = (m["name"] for m in container["volumeMounts"] if m["mountPath"] == folder)
+        (secret,) = (v["secret"] for v in each.spec["volumes"] if v["name"] == mount)
+        assert (secret["secretName"], secret["items"]) == ("postgres-app", [{"key": "uri", "path": file}])
+        assert not {"PGPASSWORD", "LOCKSTEP_DATABASE_URL"} & {variable["name"] for variable in container["env"]}
+
+
+def test_serving_and_migrating_are_told_the_same() -> None:
+    """A proxy, or a setting that the other must agree with."""
+    objects = objects_of("production")
+    serving, migrating = (
+        environment(pod(objects, owner).containers[0]) for owner in ("Deployment/lockstep", "Job/lockstep-migrate")
+    )
+    assert migrating["LOCKSTEP_START_DEADLINE"] == "800"
+    assert migrating.items() <= serving.items()
 
 
 @pytest.mark.parametrize("scenario", MANIFESTS)

@@ -5,7 +5,7 @@ from typing import Any
 import helm_python
 import pytest
 
-from tests.chart.chart import Object, render
+from tests.chart.chart import Object, environment, pod, render
 
 GROUP = {"name": "cpu", "replicas": 1, "cpu": 4, "memory": "16Gi"}
 LONG = "a-release-with-a-name-so-long-that-nothing-fits-after"  # 53 characters, Helm's own limit
@@ -17,6 +17,10 @@ def group(**changes: Any) -> Object:
 
 def autoscaled(**changes: Any) -> Object:
     return {"ray": {"autoscaling": {"enabled": True}, "workerGroups": [GROUP | changes]}}
+
+
+def variable(name: str) -> Object:
+    return {"controlPlane": {"extraEnv": [{"name": name, "value": "x"}]}}
 
 
 BY_SENTENCE: list[tuple[Object, str]] = [
@@ -58,6 +62,21 @@ BY_SENTENCE: list[tuple[Object, str]] = [
     ({"networkPolicy": {"egress": {"enabled": True}}}, "would cut the pods off from the bucket"),
     ({"ingress": {"enabled": True}}, "ingress.enabled needs ingress.host"),
     ({"httpRoute": {"enabled": True}}, "httpRoute.enabled needs httpRoute.parentRefs"),
+    ({"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}}, "all would be answered 400"),
+    ({"monitoring": {"prometheusRule": {"enabled": True}}}, "Set monitoring.serviceMonitor.enabled"),
+    ({"database": {"urlKey": "uri"}}, "database.urlKey names a key of database.existingSecret"),
+    (
+        {"database": {"urlKey": "uri", "existingSecret": "x", "url": "postgresql://a@b/c"}},
+        "Name that Secret, and leave database.url out",
+    ),
+    ({"database": {"ca": {"existingConfigMap": "ca"}}}, "database.ca is for a PostgreSQL"),
+    (
+        {"database": {"url": "postgresql://a@b/c?sslmode=require", "ca": {"existingConfigMap": "ca"}}},
+        "database.url has sslmode or sslrootcert, and would win over database.ca",
+    ),
+    (variable("LOCKSTEP_TRUSTED_HOSTS"), "controlPlane.extraEnv has LOCKSTEP_TRUSTED_HOSTS, which the chart sets"),
+    (variable("AWS_DEFAULT_REGION"), "controlPlane.extraEnv has AWS_DEFAULT_REGION, which the chart sets itself"),
+    ({"ray": variable("LOCKSTEP_CACHE")["controlPlane"]}, "ray.extraEnv has LOCKSTEP_CACHE, which the chart sets"),
 ]
 
 BY_SCHEMA: list[tuple[Object, str]] = [
@@ -91,6 +110,13 @@ def test_what_cannot_work_is_refused(change: Object, sentence: str) -> None:
     with pytest.raises(helm_python.HelmError) as refusal:
         render(change | {"storage": {"url": "s3://models"} | change.get("storage", {})})
     assert sentence in str(refusal.value)
+
+
+def test_names_of_a_gateway_may_be_those_of_the_api_alone() -> None:
+    gateway = {"enabled": True, "parentRefs": [{"name": "public"}]}
+    values = {"storage": {"url": "s3://models"}, "httpRoute": gateway}
+    plane = pod(render(values | {"controlPlane": {"trustedHosts": ["train.example.com"]}}), "Deployment/lockstep")
+    assert environment(plane.containers[0])["LOCKSTEP_TRUSTED_HOSTS"].endswith(",train.example.com")
 
 
 def test_a_release_name_that_leaves_no_room_is_refused() -> None:

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from service import links
-from tests.monitoring import DEPLOY, alerts, dashboard, panels, selectors_in
+from tests.monitoring import DEPLOY, EVERY_NAMESPACE, alerts, dashboard, panels, selectors_in
 
 DOCS = (DEPLOY.parent / "docs/monitoring.md").read_text()
 
@@ -28,6 +28,17 @@ def test_a_dashboard_is_one_that_grafana_lays_out(name: str) -> None:
 def test_links_lead_to_the_dashboard_of_a_job() -> None:
     assert dashboard("job")["uid"] == links.DASHBOARD
     assert "job" in {variable["name"] for variable in dashboard("job")["templating"]["list"]}
+
+
+def test_operators_look_at_all_namespaces_or_at_one() -> None:
+    """Releases that one Prometheus watches must not be added up unseen; without Kubernetes there is no such label."""
+    board = dashboard("operators")
+    (variable,) = (each for each in board["templating"]["list"] if each["name"] == "namespace")
+    assert (variable["includeAll"], variable["allValue"]) == (True, EVERY_NAMESPACE)
+    for panel in panels(board):
+        for target in panel["targets"]:
+            for selector in selectors_in(target["expr"].replace("$__rate_interval", "1m")):
+                assert '{namespace=~"$namespace"' in selector, panel["title"]
 
 
 def test_each_alert_says_what_happened_and_the_page_says_what_to_do() -> None:

@@ -118,12 +118,14 @@ imagePullSecrets:
 {{- end -}}
 {{- end -}}
 
-{{/* What a generated Secret has now under a key, else a new random value; called with (list context secret key length). */}}
+{{/* What a generated Secret has now under a key, else a new random value; called with
+(list context secret key length), or (list context secret key length prefix). */}}
 {{- define "lockstep.kept" -}}
 {{- $found := lookup "v1" "Secret" (index . 0).Release.Namespace (index . 1) -}}
 {{- if and $found $found.data (hasKey $found.data (index . 2)) -}}
 {{- index $found.data (index . 2) | b64dec -}}
 {{- else -}}
+{{- if eq (len .) 5 }}{{ index . 4 }}{{ end -}}
 {{- randAlphaNum (int (index . 3)) -}}
 {{- end -}}
 {{- end -}}

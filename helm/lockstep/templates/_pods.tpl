@@ -96,15 +96,118 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}
 
-{{/* The database, for serving and for migrating. libpq reads PGPASSWORD by itself, so no URL holds a password. */}}
+{{/* Without a URL: `true`, else nothing. */}}
+{{- define "lockstep.sqlite" -}}
+{{- if not (or .Values.database.url .Values.database.urlKey) }}true{{ end -}}
+{{- end -}}
+
+{{/*
+The database, for serving and for migrating; called with (list context secret). A URL that is told here has no password, since
+libpq reads PGPASSWORD by itself; one with a password is a file.
+*/}}
 {{- define "lockstep.databaseEnv" -}}
+{{- $database := (index . 0).Values.database -}}
+{{- if $database.urlKey }}
+- name: LOCKSTEP_DATABASE_URL_PATH
+  value: /etc/lockstep/database/url
+{{- else }}
 - name: LOCKSTEP_DATABASE_URL
-  value: {{ .Values.database.url | default "sqlite:////var/lib/lockstep/lockstep.db" | quote }}
-{{- with include "lockstep.databaseSecret" . }}
+  value: {{ $database.url | default "sqlite:////var/lib/lockstep/lockstep.db" | quote }}
+{{- with index . 1 }}
 - name: PGPASSWORD
   valueFrom:
     secretKeyRef:
       name: {{ . }}
-      key: {{ $.Values.database.existingSecret | empty | ternary "password" $.Values.database.passwordKey }}
+      key: {{ $database.existingSecret | empty | ternary "password" $database.passwordKey }}
 {{- end }}
+{{- end }}
+{{- if $database.ca.existingConfigMap }}
+- name: PGSSLMODE
+  value: verify-full
+- name: PGSSLROOTCERT
+  value: /etc/lockstep/database-ca/ca.crt
+{{- end }}
+{{- end -}}
+
+{{- define "lockstep.databaseMounts" -}}
+{{- if .Values.database.urlKey }}
+- name: database-url
+  mountPath: /etc/lockstep/database
+  readOnly: true
+{{- end }}
+{{- if .Values.database.ca.existingConfigMap }}
+- name: database-ca
+  mountPath: /etc/lockstep/database-ca
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "lockstep.databaseVolumes" -}}
+{{- with .Values.database.urlKey }}
+- name: database-url
+  secret:
+    secretName: {{ $.Values.database.existingSecret }}
+    defaultMode: 0440
+    items:
+      - key: {{ . }}
+        path: url
+{{- end }}
+{{- with .Values.database.ca.existingConfigMap }}
+- name: database-ca
+  configMap:
+    name: {{ . }}
+    items:
+      - key: {{ $.Values.database.ca.key }}
+        path: ca.crt
+{{- end }}
+{{- end -}}
+
+{{/* All that the chart itself tells the control plane; what comes on top is controlPlane.extraEnv. */}}
+{{- define "lockstep.controlPlaneEnv" -}}
+- name: LOCKSTEP_HOST
+  value: 0.0.0.0
+- name: LOCKSTEP_PORT
+  value: "8700"
+- name: LOCKSTEP_METRICS_PORT
+  value: "8701"
+- name: LOCKSTEP_RAY_ADDRESS
+  value: {{ .Values.ray.address | default (printf "http://%s-head-svc:8265" (include "lockstep.rayName" .)) | quote }}
+- name: LOCKSTEP_RAY_TOKEN_PATH
+  value: /etc/lockstep/ray-token/auth_token
+- name: LOCKSTEP_BOOTSTRAP_KEY_PATH
+  value: /etc/lockstep/api-key/api-key
+- name: LOCKSTEP_WORKER_PYTHON
+  value: {{ .Values.ray.python }}
+{{- if and .Values.ray.enabled .Values.ray.autoscaling.enabled }}
+- name: LOCKSTEP_ADDABLE_NODES
+  value: {{ include "lockstep.addableNodes" . | quote }}
+{{- end }}
+- name: LOCKSTEP_LOG_FORMAT
+  value: {{ .Values.controlPlane.logFormat }}
+- name: LOCKSTEP_TRUSTED_HOSTS
+  value: {{ include "lockstep.trustedHosts" . | quote }}
+{{- with .Values.ray.dashboard.url }}
+- name: LOCKSTEP_RAY_DASHBOARD_URL
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.ray.dashboard.grafanaIframeHost }}
+- name: LOCKSTEP_GRAFANA_URL
+  value: {{ . | quote }}
+{{- end }}
+- name: PYTHONSAFEPATH
+  value: "1"
+{{ include "lockstep.databaseEnv" (list . (include "lockstep.databaseSecret" .)) }}
+{{ include "lockstep.storageEnv" . }}
+{{- end -}}
+
+{{/* A variable that is there twice is refused by some servers, and the second wins with others. Called with (list path variables own). */}}
+{{- define "lockstep.refuseOwnNames" -}}
+{{- $own := dict -}}
+{{- range fromYamlArray (index . 2) }}{{ $_ := set $own .name true }}{{ end -}}
+{{- $path := index . 0 -}}
+{{- range index . 1 -}}
+{{- if hasKey $own .name -}}
+{{- fail (printf "%s has %s, which the chart sets itself. Remove it, and set the value that it is made from: README.md." $path .name) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}

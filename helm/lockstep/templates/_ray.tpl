@@ -43,9 +43,6 @@
   value: {{ . | quote }}
 {{- end }}
 {{ include "lockstep.storageEnv" . }}
-{{- with .Values.ray.extraEnv }}
-{{ toYaml . }}
-{{- end }}
 {{- end -}}
 
 {{- define "lockstep.rayMounts" -}}
@@ -87,14 +84,17 @@
 {{- toYaml (dict "requests" $each "limits" $each) -}}
 {{- end -}}
 
-{{/* Called with (list context values-of-pod). app.kubernetes.io/name is KubeRay's own: its head Service selects by it. */}}
+{{/*
+Called with (list context values-of-pod). app.kubernetes.io/name is KubeRay's own: its head Service selects by it. No version
+of chart or program: KubeRay replaces all pods when anything in the cluster's spec is another, labels included.
+*/}}
 {{- define "lockstep.rayPodMetadata" -}}
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}
 labels:
   app.kubernetes.io/instance: {{ $root.Release.Name }}
   app.kubernetes.io/component: ray
-  {{- include "lockstep.commonLabels" $root | nindent 2 }}
+  app.kubernetes.io/part-of: lockstep
   {{- with $pod.labels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
