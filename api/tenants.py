@@ -29,21 +29,25 @@ class Role(StrEnum):
         return order.index(self) >= order.index(needed)
 
 
+_MOST = 2**31 - 1
+"""Of a count that the database keeps."""
+
+
 class Quotas(Answer):
     """What a project may have; null: no limit."""
 
     model_config = ConfigDict(frozen=True)
-    running_workers: int | None = Field(default=None, ge=1)
+    running_workers: int | None = Field(default=None, ge=1, le=_MOST)
     """Worker processes at once, over all jobs."""
-    running_cpus: int | None = Field(default=None, ge=1)
+    running_cpus: int | None = Field(default=None, ge=1, le=_MOST)
     """CPUs that they reserve."""
-    running_gpus: int | None = Field(default=None, ge=0)
+    running_gpus: int | None = Field(default=None, ge=0, le=_MOST)
     """GPUs that they reserve."""
-    queued_jobs: int | None = Field(default=None, ge=1)
+    queued_jobs: int | None = Field(default=None, ge=1, le=_MOST)
     """Jobs that wait for their turn."""
-    jobs_per_day: int | None = Field(default=None, ge=1)
+    jobs_per_day: int | None = Field(default=None, ge=1, le=_MOST)
     """Jobs submitted in any 24 hours."""
-    stored_bytes: int | None = Field(default=None, ge=0)
+    stored_bytes: int | None = Field(default=None, ge=0, le=2**63 - 1)
     """In the bucket. While more is stored, no job is accepted."""
     max_priority: int | None = Field(default=None, ge=-100, le=100)
     """The highest priority that a job may ask for."""
@@ -111,6 +115,8 @@ class ApiKey(Answer):
     revoked_at: datetime | None
     last_used_at: datetime | None
     """To the minute; null: never, or before this was noted."""
+    operator: bool = False
+    """Whether it is an operator's own, which is shown the pages of Ray and Grafana; none that is made here is."""
 
 
 class NewApiKey(ApiKey):

@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     leases = Leases(engine, settings.lease_seconds)
     reconciler = Reconciler(store, bucket, ray, settings, leases, measures.reconciled.note, measures.note_lost)
     retention = Retention(store, bucket, settings, leases, measures.retained.note)
-    loops = (reconciler.loop, retention.loop, Usage(tenants, bucket, settings).loop)
+    loops = (reconciler.loop, retention.loop, Usage(tenants, bucket, settings, leases).loop)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

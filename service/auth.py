@@ -1,28 +1,30 @@
 """API keys: 256 random bits, shown once, stored as a hash. A key belongs to a project and has a role in it."""
 
 import hashlib
+import logging
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import IntegrityError
+
 from api.documents import now
-from api.errors import LockstepError, Unauthorized
+from api.errors import Unauthorized
 from api.layout import PROJECT
 from api.tenants import KeyRequest, NewApiKey, Role
 from service.audit import OPERATOR, Author, Change
 from service.rows import StoredKey
 from service.tenants import Tenants
 
+logger = logging.getLogger("lockstep.service")
+
 _MARK = "lk"
 """How every key begins, so that scanners for leaked secrets find it."""
 _TOUCH = timedelta(minutes=1)
 """Between two notes of a key's last use: reads must not become writes."""
-
-
-class KeyRevoked(LockstepError):
-    """A key that shall be valid is not."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Principal:
     role: Role = Role.VIEWER
     member: str | None = None
     request_id: str = ""
+    operator: bool = False
+    """Whether the key is an operator's own: it may see what shows every tenant's jobs."""
 
     @property
     def author(self) -> Author:
@@ -45,23 +49,30 @@ class Principal:
 
 
 def create_key(
-    tenants: Tenants, wanted: KeyRequest, project: str = PROJECT, by: Author = OPERATOR, key: str | None = None
+    tenants: Tenants,
+    wanted: KeyRequest,
+    project: str = PROJECT,
+    by: Author = OPERATOR,
+    key: str | None = None,
+    operator: bool = False,
 ) -> NewApiKey:
-    """Make an API key, or adopt the given one. The key cannot be read again."""
+    """Make an API key, or adopt the given one; `operator`: it is an operator's own. The key cannot be read again."""
     prefix = None if key else f"{_MARK}_{secrets.token_hex(4)}"
     key = key or f"{prefix}_{secrets.token_urlsafe(32)}"
-    made = tenants.insert_key(f"key-{secrets.token_hex(6)}", project, wanted, prefix, _digest(key), by)
+    made = tenants.insert_key(f"key-{secrets.token_hex(6)}", project, wanted, prefix, _digest(key), by, operator)
     return NewApiKey(**made.model_dump(), key=key)
 
 
 def ensure_key(tenants: Tenants, path: Path) -> None:
-    """Make sure that the key in a file is valid: how a local stack gives its own client access."""
+    """Make the key in a file known: how a stack gives its first client access. One that was ended stays ended."""
     key = path.read_text().strip()
     found = tenants.find_key(_digest(key))
     if found is None:
-        create_key(tenants, KeyRequest(name="bootstrap", role=Role.ADMIN), key=key)
-    elif (why := why_not(found, now())) is not None:
-        raise KeyRevoked(f"the API key in {path} {why}; delete the file to get a new one")
+        with suppress(IntegrityError):  # another replica has just made it
+            create_key(tenants, KeyRequest(name="bootstrap", role=Role.ADMIN), key=key, operator=True)
+        found = tenants.find_key(_digest(key))
+    if found is not None and (why := why_not(found, now())) is not None:
+        logger.warning("the bootstrap key in %s %s, so it opens nothing; put another key into that file", path, why)
 
 
 def authenticate(tenants: Tenants, authorization: str | None) -> Principal:
@@ -82,7 +93,7 @@ def authenticate(tenants: Tenants, authorization: str | None) -> Principal:
         raise Unauthorized(f"this API key {why}; {advice}")
     if found.last_used_at is None or at - found.last_used_at >= _TOUCH:
         tenants.touch_key(found.id, at)
-    return Principal(found.id, found.project, role_of(found), found.member)
+    return Principal(found.id, found.project, role_of(found), found.member, operator=found.operator)
 
 
 def why_not(key: StoredKey, at: datetime) -> str | None:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from api import names
 from api.errors import LockstepError
 from api.layout import PROJECT
-from api.names import NAME
 from api.tenants import MEMBER, KeyRequest, Quotas, Role
 from api.words import seconds
 
@@ -25,13 +25,16 @@ keys = typer.Typer(help="API keys.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="PROJECT", help="The project's name.")]
 InProject = Annotated[str, typer.Option("--project", help="The project's name.")]
+_NAME: TypeAdapter[str] = TypeAdapter(names.Name)
 MemberName = Annotated[str, typer.Argument(metavar="MEMBER", help="A user name or an e-mail address.")]
 
 
 @projects.command("create")
 def create_project(name: Name) -> None:
     """Make a project. Its objects will lie below its name in the bucket."""
-    if not NAME.fullmatch(name) or len(name) > 47:
+    try:
+        _NAME.validate_python(name)
+    except ValidationError:
         _give_up(f"{name[:60]!r} is not allowed; use small letters, digits and dashes, 47 at most")
     with _tenants() as (tenants, operator):
         tenants.create_project(name, operator)
@@ -58,14 +61,16 @@ def set_quota(
     Those that are not named stay as they are.
     """
     with _tenants() as (tenants, operator):
-        present = tenants.project(name).quotas.model_dump()
+        given: dict[str, int | None] = {}
         for limit in limits:
             kind, _, value = limit.partition("=")
-            if kind not in present or not (re.fullmatch(r"-?\d{1,18}", value) or value == "none"):
-                _give_up(f"{limit!r} is no quota; write NAME=NUMBER or NAME=none, of {', '.join(present)}")
-            present[kind] = None if value == "none" else int(value)
+            if kind not in Quotas.model_fields or not (re.fullmatch(r"-?[0-9]{1,30}", value) or value == "none"):
+                _give_up(
+                    f"{limit[:60]!r} is no quota; write NAME=NUMBER or NAME=none, of {', '.join(Quotas.model_fields)}"
+                )
+            given[kind] = None if value == "none" else int(value)
         try:
-            quotas = Quotas(**present)
+            quotas = Quotas(**given)
         except ValidationError as error:
             fault = error.errors()[0]
             _give_up(f"{fault['loc'][0]}: {fault['msg'][:1].lower()}{fault['msg'][1:]}")
@@ -119,6 +124,14 @@ def create_key(
     role: Annotated[Role, typer.Option(help="The most that it may do.")] = Role.ADMIN,
     member: Annotated[str | None, typer.Option(help="Whose it is: it never may more than this member.")] = None,
     expires_in: Annotated[str | None, typer.Option(help="Such as 12h or 90d; without it, never.")] = None,
+    operator: Annotated[
+        bool,
+        typer.Option(
+            "--operator",
+            help="An operator's own: it is shown where to look on in "
+            "Ray's dashboard and Grafana, which hold every tenant's jobs.",
+        ),
+    ] = False,
 ) -> None:
     """Make an API key and print it. It is stored as a hash: this is the only time it can be seen."""
     from service.auth import create_key as create
@@ -128,8 +141,8 @@ def create_key(
     except ValidationError as error:
         fault = error.errors()[0]
         _give_up(f"{fault['loc'][0]}: {fault['msg'][:1].lower()}{fault['msg'][1:]}")
-    with _tenants() as (tenants, operator):
-        made = create(tenants, wanted, project, operator)
+    with _tenants() as (tenants, author):
+        made = create(tenants, wanted, project, author, operator=operator)
     print(made.key)
     print(f"{made.id}: shown this once; send it as `Authorization: Bearer <key>`", file=sys.stderr)
 
@@ -146,7 +159,7 @@ def list_keys(
             used = f"used {key.last_used_at:%F %R}" if key.last_used_at else "not used"
             whose = f"{key.name} ({key.member})" if key.member else key.name
             print(f"{key.id}  {key.prefix or '-':<11}  {key.created_at:%F %T}  {state:<27}  {used:<21}  "
-                  f"{owner}  {key.role}  {whose}")  # fmt: skip
+                  f"{owner}  {key.role}{' operator' if key.operator else ''}  {whose}")  # fmt: skip
 
 
 @keys.command("revoke")

@@ -147,7 +147,7 @@ class Jobs:
 
     def queue(self, who: Principal) -> Page[QueueEntry]:
         """Return the line of waiting jobs, who is next first."""
-        waiting = [row for row in self._store.live() if row.project == who.project and row.state in WAITING]
+        waiting = [row for row in self._store.live(who.project) if row.state in WAITING]
         return Page(items=[queue_entry(row, i) for i, row in enumerate(sorted(waiting, key=line_order), 1)])
 
     def delete(self, who: Principal, job_id: str) -> None:
@@ -370,7 +370,7 @@ class Jobs:
             raise InvalidSpec(faults[0].message, errors=faults)
 
     def _quotas(self, who: Principal) -> Quotas:
-        return self._store.quotas().get(who.project, Quotas())
+        return self._store.quotas(who.project).get(who.project, Quotas())
 
     def _nodes(self) -> list[Node] | None:
         """Return the nodes that are there or may be added; None while Ray does not answer."""

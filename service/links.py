@@ -1,10 +1,12 @@
-"""Where an operator looks on: the pages of Ray and Grafana about a job. They show every tenant's jobs."""
+"""Where an operator looks on: the pages of Ray and Grafana about a job.
+
+They show every tenant's jobs, so they are for keys with the operator mark alone.
+"""
 
 from urllib.parse import quote
 
 from api.jobs import Links
 from api.names import submission_id
-from api.tenants import Role
 from service.auth import Principal
 from service.rows import JobRow
 from service.settings import Settings
@@ -14,9 +16,9 @@ DASHBOARD = "lockstep-job"
 
 
 def links(who: Principal, row: JobRow, settings: Settings) -> Links | None:
-    """Return the pages about a job, for who may see them, as far as it is configured where they are."""
+    """Return the pages about a job, for an operator, as far as it is configured where they are."""
     ray, grafana = settings.ray_dashboard_url, settings.grafana_url
-    if not who.role.covers(Role.ADMIN):
+    if not who.operator:
         return None
     found = Links(
         ray=f"{ray}/#/jobs/{submission_id(row.id, row.attempt)}" if ray and row.attempt else None,

@@ -47,7 +47,7 @@ router = keyed_router()
 def show_project(who: Who, stored: Stored, store: Annotated[Store, Depends(store)]) -> Project:
     """Show the project that the key opens: what the key may do there, what the project may use, and what it uses."""
     found = stored.project(who.project)
-    use = use_of(found, store.live(), store.submitted_since(who.project, now() - DAY))
+    use = use_of(found, store.live(who.project), store.submitted_since(who.project, now() - DAY))
     return Project(name=found.name, created_at=found.created_at, role=who.role, quotas=found.quotas, use=use)
 
 

@@ -56,11 +56,7 @@ def refuse_more_jobs(project: StoredProject, queued: int, day_full_since: dateti
     `day_full_since`: when the first was submitted of as many newest jobs as it may submit in a day; None: fewer.
     """
     quotas = project.quotas
-    if quotas.queued_jobs is not None and queued >= quotas.queued_jobs:
-        raise QuotaExceeded(
-            f"project {project.name} may have {quotas.queued_jobs} jobs waiting at once and has {queued}; "
-            "wait until some have started, or cancel some"
-        )
+    refuse_longer_line(project, queued)
     if day_full_since is not None and day_full_since > at - DAY:
         raise QuotaExceeded(
             f"project {project.name} may submit {quotas.jobs_per_day} jobs in 24 hours and has; "
@@ -72,6 +68,16 @@ def refuse_more_jobs(project: StoredProject, queued: int, day_full_since: dateti
         raise QuotaExceeded(
             f"project {project.name} may store {gib(limit)} and had {gib(used)} when it was measured at "
             f"{project.measured_at:%F %T} UTC; delete jobs or checkpoints. It is measured again before long"
+        )
+
+
+def refuse_longer_line(project: StoredProject, queued: int) -> None:
+    """QuotaExceeded if a project may have no further job in the line, be it new or resumed."""
+    most = project.quotas.queued_jobs
+    if most is not None and queued >= most:
+        raise QuotaExceeded(
+            f"project {project.name} may have {most} jobs waiting at once and has {queued}; "
+            "wait until some have started, or cancel some"
         )
 
 

@@ -26,6 +26,7 @@ from api.jobs import Event, JobState, Reason
 from api.layout import JobLayout, SegmentId
 from api.names import JOB_ID
 from api.storage import Bucket, DocumentT
+from service.audit import OPERATOR
 from service.progress import read_progress
 from service.remains import Remains, newer, rebuilt
 from service.rows import JobRow, NewEvent
@@ -243,5 +244,7 @@ def _end_gone(store: Store, rows: Mapping[str, JobRow], there: Collection[str], 
             continue
         changes = {"state": JobState.CANCELLED.value, "reason": Reason.USER_CANCELLED, "message": message}
         moments = {"state_since": at, "ended_at": at}
-        store.apply(row, {**changes, **moments, "conditions": []}, [NewEvent("state", message, JobState.CANCELLED)])
+        event = NewEvent("state", message, JobState.CANCELLED)
+        told = OPERATOR.change(row.project, "job.end", row.id, by="rebuild")
+        store.apply(row, {**changes, **moments, "conditions": []}, [event], told)
         outcome.gone.append(row.id)

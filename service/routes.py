@@ -190,7 +190,7 @@ def pause_job(who: Who, use: UseCases, job_id: JobId) -> Job:
 @router.post(
     "/jobs/{job_id}/resume",
     status_code=202,
-    responses=problem_responses(BadRequest, NotFound, Conflict, TooLarge),
+    responses=problem_responses(BadRequest, NotFound, Conflict, TooLarge, QuotaExceeded),
     tags=["jobs"],
     openapi_extra=SUBMITTER,
 )

@@ -140,6 +140,8 @@ class StoredKey:
     expires_at: datetime | None
     revoked_at: datetime | None
     last_used_at: datetime | None
+    operator: bool
+    """Whether it is an operator's own."""
 
 
 @dataclass(frozen=True)

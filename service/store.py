@@ -8,6 +8,7 @@ import dataclasses
 import secrets
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,7 +22,7 @@ from service.audit import Change
 from service.audit import record as note
 from service.rows import IdempotencyRecord, JobFilter, JobRow, Mark, NewEvent, Replay, Tally
 from service.tables import events, idempotency, jobs, marks, pins, projects
-from service.tenants import admit, read_quotas
+from service.tenants import admit, read_quotas, readmit
 
 _ENDED = [state.value for state in ENDED]
 
@@ -105,9 +106,10 @@ class Store:
             query = query.where(jobs.c.id < before)
         return self._jobs(query.order_by(jobs.c.id.desc()).limit(limit))
 
-    def live(self) -> list[JobRow]:
-        """Return every job that has not ended, oldest first."""
-        return self._jobs(sa.select(jobs).where(jobs.c.state.not_in(_ENDED)).order_by(jobs.c.id))
+    def live(self, project: str | None = None) -> list[JobRow]:
+        """Return every job that has not ended, or those of one project, oldest first."""
+        query = sa.select(jobs).where(jobs.c.state.not_in(_ENDED)).order_by(jobs.c.id)
+        return self._jobs(query if project is None else query.where(jobs.c.project == project))
 
     def tallies(self) -> list[Tally]:
         """Return what all jobs come to, deleted ones included, by state and reason; from an index alone."""
@@ -119,10 +121,10 @@ class Store:
             rows = connection.execute(sa.select(*groups, *sums).group_by(*groups)).all()
         return [Tally(JobState(state), *rest) for state, *rest in rows]
 
-    def quotas(self) -> dict[str, Quotas]:
-        """Return the quotas of every project that has any."""
+    def quotas(self, project: str | None = None) -> dict[str, Quotas]:
+        """Return the quotas of every project that has any, or of one."""
         with self._engine.begin() as connection:
-            return read_quotas(connection)
+            return read_quotas(connection, project)
 
     def submitted_since(self, project: str, at: datetime) -> int:
         """Return how many jobs of a project were submitted after a time, deleted ones included."""
@@ -163,29 +165,36 @@ class Store:
         """Note that a job shall stop; False if it has ended. Never taken back, so it needs no version of the caller."""
         changes = {"cancel_requested": 1, "keep_checkpoint": int(keep_checkpoint)}
         event = NewEvent("cancel", "cancellation requested")
-        if self._ask(job_id, [jobs.c.cancel_requested == 0], changes, event, change):
-            return True
+        with self._writer.begin() as connection:
+            if self._ask(connection, job_id, [jobs.c.cancel_requested == 0], changes, event, change):
+                return True
         return not self._state(job_id).ended
 
     def request_pause(self, job_id: str, change: Change | None = None) -> bool:
         """Note that a job shall pause; False if it has ended or is being cancelled."""
         wanted = [jobs.c.pause_requested == 0, jobs.c.cancel_requested == 0]
-        if self._ask(job_id, wanted, {"pause_requested": 1}, NewEvent("pause", "pause requested"), change):
-            return True
+        event = NewEvent("pause", "pause requested")
+        with self._writer.begin() as connection:
+            if self._ask(connection, job_id, wanted, {"pause_requested": 1}, event, change):
+                return True
         return self._paused(job_id)
 
     def request_resume(self, job_id: str, workers: int | None, at: datetime, change: Change | None = None) -> bool:
         """Note that a job shall pause no longer, and with how many workers it goes on; False if it was not to pause.
 
-        It goes to the end of the line.
+        It goes to the end of the line; QuotaExceeded if its project may have no further job there.
         """
         changes = {"pause_requested": 0, "workers_wanted": workers, "queued_at": at}
         message = "resume requested" + (f" with {workers} workers" if workers else "")
         wanted = [jobs.c.pause_requested == 1, jobs.c.cancel_requested == 0]
-        return self._ask(job_id, wanted, changes, NewEvent("resume", message), change)
+        with self._writer.begin() as connection:
+            project = connection.execute(sa.select(jobs.c.project).where(jobs.c.id == job_id)).scalar_one()
+            asked = partial(self._ask, connection, job_id, wanted, changes, NewEvent("resume", message), change)
+            return readmit(connection, project, asked)
 
     def _ask(
         self,
+        connection: sa.Connection,
         job_id: str,
         where: list[sa.ColumnElement[bool]],
         changes: dict[str, Any],
@@ -194,12 +203,11 @@ class Store:
     ) -> bool:
         """Write down what a user wants of a live job; False if `where` does not hold."""
         update = jobs.update().where(jobs.c.id == job_id, jobs.c.state.not_in(_ENDED), *where)
-        with self._writer.begin() as connection:
-            if connection.execute(update.values(**changes, version=jobs.c.version + 1)).rowcount == 0:
-                return False
-            self._append(connection, job_id, [event])
-            note(connection, change)
-            return True
+        if connection.execute(update.values(**changes, version=jobs.c.version + 1)).rowcount == 0:
+            return False
+        self._append(connection, job_id, [event])
+        note(connection, change)
+        return True
 
     def _state(self, job_id: str) -> JobState:
         with self._engine.begin() as connection:

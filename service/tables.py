@@ -128,6 +128,7 @@ api_keys = Table(
     Column("role", String(16), nullable=False),
     Column("member", String(64)),
     Column("prefix", String(16)),
+    Column("operator", Integer, nullable=False),
     Column("expires_at", UtcDateTime),
     Column("last_used_at", UtcDateTime),
 )

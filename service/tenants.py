@@ -1,5 +1,6 @@
 """Projects, their members and their API keys in the database. Every change is in the audit log."""
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
@@ -7,10 +8,10 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from api.documents import now
 from api.errors import Conflict, Fault, InvalidSpec, NotFound
-from api.jobs import ENDED, JobState
+from api.jobs import ENDED, JobState, Reason
 from api.tenants import ApiKey, AuditEntry, KeyRequest, Member, Quotas, Role
 from service.audit import Author, read_audit, record
-from service.quotas import refuse_more_jobs
+from service.quotas import refuse_longer_line, refuse_more_jobs
 from service.rows import StoredKey, StoredProject
 from service.tables import api_keys, jobs, members, projects
 
@@ -45,11 +46,13 @@ class Tenants:
             return [_stored(row) for row in rows]
 
     def set_quotas(self, name: str, quotas: Quotas, by: Author) -> None:
+        """Set those quotas that were given, None for no limit; those that are not set stay as they are."""
         with self._writer.begin() as connection:
-            before = _project(connection, name).quotas
-            connection.execute(projects.update().where(projects.c.name == name).values(quotas.model_dump()))
-            changed = quotas.model_dump().items() - before.model_dump().items()
-            record(connection, by.change(name, "project.quotas", name, quotas=dict(sorted(changed))))
+            before = _lock(connection, name).quotas.model_dump()
+            changed = dict(sorted(quotas.model_dump(exclude_unset=True).items() - before.items()))
+            if changed:
+                connection.execute(projects.update().where(projects.c.name == name).values(changed))
+                record(connection, by.change(name, "project.quotas", name, quotas=changed))
 
     def archive(self, name: str, archived: bool, by: Author) -> None:
         """Close a project, so that its keys open nothing; or open it again. Conflict while jobs of it are alive."""
@@ -109,19 +112,30 @@ class Tenants:
         return [(row["project"], ApiKey.model_validate({**row})) for row in rows]
 
     def insert_key(
-        self, key_id: str, project: str, wanted: KeyRequest, prefix: str | None, sha256: str, by: Author
+        self,
+        key_id: str,
+        project: str,
+        wanted: KeyRequest,
+        prefix: str | None,
+        sha256: str,
+        by: Author,
+        operator: bool = False,
     ) -> ApiKey:
         at = now()
         expires = None if wanted.expires_in is None else at + timedelta(seconds=wanted.expires_in)
         row = {"id": key_id, "project": project, "name": wanted.name, "role": wanted.role.value, "prefix": prefix}
         row |= {"member": wanted.member}
+        times = {"created_at": at, "expires_at": expires}
         with self._writer.begin() as connection:
             _lock(connection, project)
             _refuse_stranger(connection, project, wanted.member)
-            connection.execute(api_keys.insert().values(**row, sha256=sha256, created_at=at, expires_at=expires))
+            connection.execute(api_keys.insert().values(**row, **times, sha256=sha256, operator=int(operator)))
             details = {name: row[name] for name in ("name", "role", "prefix", "member")}
             until = None if expires is None else expires.isoformat()
-            record(connection, by.change(project, "key.create", key_id, **details, expires_at=until))
+            record(
+                connection,
+                by.change(project, "key.create", key_id, **details, expires_at=until, operator=operator or None),
+            )
             made = connection.execute(sa.select(*_KEY).where(api_keys.c.id == key_id)).mappings().one()
         return ApiKey.model_validate({**made})
 
@@ -154,7 +168,11 @@ class Tenants:
         member_role = None if row["member_role"] is None else Role(row["member_role"])
         same = {name: row[name] for name in ("id", "project", "member", "expires_at", "revoked_at", "last_used_at")}
         return StoredKey(
-            role=Role(row["role"]), member_role=member_role, archived=row["archived_at"] is not None, **same
+            role=Role(row["role"]),
+            member_role=member_role,
+            archived=row["archived_at"] is not None,
+            operator=bool(row["operator"]),
+            **same,
         )
 
     def touch_key(self, key_id: str, at: datetime) -> None:
@@ -171,9 +189,10 @@ class Tenants:
             return read_audit(connection, project, limit, before)
 
 
-def read_quotas(connection: sa.Connection) -> dict[str, Quotas]:
-    """Return the quotas of every project that has any."""
-    found = {row["name"]: _stored(row).quotas for row in connection.execute(sa.select(projects)).mappings()}
+def read_quotas(connection: sa.Connection, project: str | None = None) -> dict[str, Quotas]:
+    """Return the quotas of every project that has any, or of one."""
+    query = sa.select(projects) if project is None else sa.select(projects).where(projects.c.name == project)
+    found = {row["name"]: _stored(row).quotas for row in connection.execute(query).mappings()}
     return {name: quotas for name, quotas in found.items() if quotas != Quotas()}
 
 
@@ -184,12 +203,31 @@ def admit(connection: sa.Connection, project: str, at: datetime) -> None:
         raise Conflict(f"project {project} is archived")
     if found.quotas == Quotas():
         return
-    waits = sa.select(sa.func.count()).where(jobs.c.project == project, jobs.c.state == JobState.QUEUED.value)
     newest = sa.select(jobs.c.created_at).where(jobs.c.project == project).order_by(jobs.c.id.desc())
     since = None
     if found.quotas.jobs_per_day is not None:
         since = connection.execute(newest.offset(found.quotas.jobs_per_day - 1).limit(1)).scalar_one_or_none()
-    refuse_more_jobs(found, connection.execute(waits).scalar_one(), since, at)
+    refuse_more_jobs(found, _waiting(connection, project), since, at)
+
+
+def readmit(connection: sa.Connection, project: str, resume: Callable[[], bool]) -> bool:
+    """Have a job of a project resumed; QuotaExceeded, to end the transaction, if it is one too many in the line then.
+
+    False if it was not to pause. Nobody else decides meanwhile.
+    """
+    found = _lock(connection, project)
+    if not resume():
+        return False
+    refuse_longer_line(found, _waiting(connection, project) - 1)
+    return True
+
+
+def _waiting(connection: sa.Connection, project: str) -> int:
+    """Count the jobs in a project's line, and those that go back there because a user has ended their pause."""
+    user_paused = sa.and_(jobs.c.state == JobState.PAUSING.value, jobs.c.stop_reason == Reason.USER_PAUSED.value)
+    resumed = sa.and_(jobs.c.pause_requested == 0, sa.or_(jobs.c.state == JobState.PAUSED.value, user_paused))
+    waits = sa.or_(jobs.c.state == JobState.QUEUED.value, resumed)
+    return int(connection.execute(sa.select(sa.func.count()).where(jobs.c.project == project, waits)).scalar_one())
 
 
 def _lock(connection: sa.Connection, project: str) -> StoredProject:

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from api.documents import now as present
 from api.errors import StorageError
 from api.storage import Bucket
+from service.leases import Leases
 from service.periodic import Periodic
 from service.settings import Settings
 from service.tenants import Tenants
@@ -14,20 +15,21 @@ logger = logging.getLogger("lockstep.service")
 
 
 class Usage:
-    """Measures the projects in turn. Of several control planes, one does it in each interval."""
+    """Measures the projects in turn. Of several control planes, the one that holds the lease does it."""
 
-    def __init__(self, tenants: Tenants, bucket: Bucket, settings: Settings) -> None:
-        self._tenants, self._bucket = tenants, bucket
+    def __init__(self, tenants: Tenants, bucket: Bucket, settings: Settings, leases: Leases) -> None:
+        self._tenants, self._bucket, self._leases = tenants, bucket, leases
         self._interval = timedelta(seconds=settings.usage_interval)
         # In a thread of its own, and looked at more often than measured: a new project need not wait for long.
         self.loop = Periodic("usage", lambda: self.run(present()), settings.usage_interval / 10)
 
     def run(self, now: datetime) -> None:
         """Measure every project whose measurement is older than the interval."""
-        for project in self._tenants.projects():
-            fresh = project.measured_at is not None and now - project.measured_at < self._interval
-            if self.loop.stopping:
+        for name in [project.name for project in self._tenants.projects()]:
+            if self.loop.stopping or not self._leases.hold("usage"):
                 return
+            project = self._tenants.project(name)  # who held the lease before may have measured it meanwhile
+            fresh = project.measured_at is not None and now - project.measured_at < self._interval
             if fresh or project.archived_at is not None:
                 continue
             try:

@@ -1,6 +1,6 @@
 """Tenants: projects with quotas, members, what keys may do and for how long, and the audit log.
 
-Keys of before may do everything in their project, for ever, as before.
+Keys of before may do everything in their project, for ever, as before. The bootstrap key is an operator's.
 """
 
 from datetime import UTC, datetime
@@ -51,7 +51,9 @@ def upgrade() -> None:
     )
     op.create_index("audit_by_project", "audit", ["project", "id"])
     op.add_column("api_keys", sa.Column("role", sa.String(16), nullable=False, server_default="viewer"))
+    op.add_column("api_keys", sa.Column("operator", sa.Integer, nullable=False, server_default="0"))
     op.execute("UPDATE api_keys SET role = 'admin'")
+    op.execute("UPDATE api_keys SET operator = 1 WHERE name = 'bootstrap'")
     for name, kind in (("member", sa.String(64)), ("prefix", sa.String(16))):
         op.add_column("api_keys", sa.Column(name, kind))
     for name in ("expires_at", "last_used_at"):

@@ -7,11 +7,16 @@ import pytest
 from fastapi import Response
 
 from api.errors import Unauthorized
+from api.tenants import Role
 from service import health
+from service.app import create_app
 from service.audit import OPERATOR
-from service.auth import KeyRevoked, authenticate, ensure_key
+from service.auth import authenticate, ensure_key
+from service.rows import StoredKey
 from service.tenants import Tenants
-from tests.fakes import new_store
+from tests.fakes import settings_for
+from tests.lines import Lines
+from tests.unit.service.in_process import Service
 
 
 def test_a_bucket_that_hangs_is_degraded_within_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,17 +35,52 @@ def test_a_bucket_that_hangs_is_degraded_within_the_patience(monkeypatch: pytest
     }
 
 
-def test_a_revoked_bootstrap_key_is_refused_in_words(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
-    tenants = Tenants(store._engine)
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "api_key"
     path.write_text("lk_secret\n")
-    ensure_key(tenants, path)
-    ensure_key(tenants, path)  # again is harmless
-    ((_, row),) = tenants.keys()
-    tenants.revoke_key(row.id, OPERATOR)
-    with pytest.raises(KeyRevoked, match="delete the file"):
-        ensure_key(tenants, path)
+    return path
+
+
+def start(service: Service, key_file: Path) -> None:
+    """Start one more control plane on the same database."""
+    app = create_app(settings_for(service.folder, bootstrap_key_path=key_file))
+    app.state.store._engine.dispose()
+
+
+@pytest.mark.database
+def test_a_bootstrap_key_that_was_ended_stays_ended_and_stops_nothing(
+    service: Service, key_file: Path, lines: Lines
+) -> None:
+    ensure_key(service.tenants, key_file)
+    ensure_key(service.tenants, key_file)  # again is harmless
+    assert lines.written == []
+    who = authenticate(service.tenants, "Bearer lk_secret")
+    assert (who.project, who.role, who.operator) == ("default", Role.ADMIN, True)
+    service.tenants.archive("default", True, OPERATOR)
+    start(service, key_file)
+    assert f"the bootstrap key in {key_file} is of project default, which is archived" in lines.written[-1]
+    service.tenants.revoke_key(who.key_id, OPERATOR)
+    start(service, key_file)
+    assert f"the bootstrap key in {key_file} was revoked, so it opens nothing" in lines.written[-1]
     with pytest.raises(Unauthorized):
-        authenticate(tenants, "Bearer lk_secret")
-    store._engine.dispose()
+        authenticate(service.tenants, "Bearer lk_secret")
+
+
+@pytest.mark.database
+def test_two_replicas_that_start_together_make_one_bootstrap_key(service: Service, key_file: Path) -> None:
+    class Slow(Tenants):
+        """Another replica makes the key after this one has looked for it."""
+
+        asked = 0
+
+        def find_key(self, sha256: str) -> StoredKey | None:
+            found, self.asked = super().find_key(sha256), self.asked + 1
+            if self.asked == 1:
+                ensure_key(service.tenants, key_file)
+            return found
+
+    ensure_key(Slow(service.store._engine), key_file)
+    made = service.tenants.keys("default")
+    assert [key.name for _, key in made] == ["test", "bootstrap"]
+    assert authenticate(service.tenants, "Bearer lk_secret").operator

@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from api.jobs import Links
-from api.tenants import Role
-from service.auth import Principal
+from api.tenants import KeyRequest, Role
+from service.auth import Principal, create_key
 from service.jobs import Jobs
 from service.links import links
 from service.settings import Settings
@@ -17,7 +17,7 @@ from tests.unit.service.in_process import Service
 RAY, GRAFANA = "https://ray.example", "http://example/grafana/"
 
 
-OPERATOR = Principal("key-1", "default", Role.ADMIN)
+OPERATOR = Principal("key-1", "default", Role.VIEWER, operator=True)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_before_the_first_attempt_ray_has_no_page(settings: Settings) -> None:
     assert found.grafana is not None
 
 
-@pytest.mark.parametrize("role", [Role.VIEWER, Role.SUBMITTER])
+@pytest.mark.parametrize("role", Role)
 def test_a_member_is_shown_none(settings: Settings, role: Role) -> None:
     assert links(Principal("key-1", "default", role), row(1, attempt=2), settings) is None
 
@@ -58,6 +58,19 @@ def test_both_the_job_and_the_list_have_them(service: Service, settings: Setting
     service.store.insert(row(1, attempt=1), ACCEPTED, None)
     jobs = Jobs(service.store, service.bucket, service.ray.backend(), settings)
     service.app.state.jobs = jobs
+    assert service.client.get(f"/v1/jobs/{job_id(1)}").json()["links"] is None
+    made = create_key(service.tenants, KeyRequest(name="operator"), operator=True)
+    service.client.headers["Authorization"] = f"Bearer {made.key}"
     one, listed = service.client.get(f"/v1/jobs/{job_id(1)}").json(), service.client.get("/v1/jobs").json()
     assert one["links"]["ray"] == f"{RAY}/#/jobs/{job_id(1)}-1"
     assert listed["items"][0]["links"] == one["links"]
+
+
+def test_no_key_that_a_tenant_makes_is_an_operators(service: Service) -> None:
+    service.client.headers["Authorization"] = (
+        f"Bearer {create_key(service.tenants, KeyRequest(name='o', role=Role.ADMIN), operator=True).key}"
+    )
+    refused = service.client.post("/v1/project/keys", json={"name": "k", "operator": True})
+    assert refused.status_code == 422
+    assert service.client.post("/v1/project/keys", json={"name": "k"}).json()["operator"] is False
+    assert [key["operator"] for key in service.client.get("/v1/project/keys").json()["items"]] == [False, True, False]

@@ -116,6 +116,7 @@ def test_the_keys_of_before_there_were_roles_may_all_and_every_project_is_there(
     key = {"id": "key-1", "name": "old", "sha256": hashlib.sha256(b"lk_old").hexdigest(), "created_at": T0}
     insert(engine, "api_keys", **key, project="default")
     insert(engine, "api_keys", **{**key, "id": "key-2", "sha256": "0" * 64}, project="keys-only", revoked_at=T0)
+    insert(engine, "api_keys", **{**key, "id": "key-3", "sha256": "1" * 64, "name": "bootstrap"}, project="default")
     jobs = [row(1), row(2, project="jobs-only")]
     for job in jobs:
         insert(engine, "jobs", **dataclasses.asdict(job))
@@ -126,5 +127,6 @@ def test_the_keys_of_before_there_were_roles_may_all_and_every_project_is_there(
     who = authenticate(tenants, "Bearer lk_old")
     assert (who.key_id, who.project, who.role, who.member) == ("key-1", "default", Role.ADMIN, None)
     assert [entry.revoked_at for _, entry in tenants.keys("keys-only")] == [T0]
+    assert [(entry.id, entry.operator) for _, entry in tenants.keys("default")] == [("key-1", False), ("key-3", True)]
     assert Store(engine).live() == jobs
     assert Store(engine).insert(row(3), NewEvent("state", "accepted"), None) is None

@@ -2,22 +2,26 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from api.documents import now
 from api.errors import Conflict, NotFound, QuotaExceeded, StorageUnavailable
 from api.storage import ObjectInfo
 from api.tenants import Quotas
 from service.audit import OPERATOR
+from service.leases import Leases
 from service.rows import IdempotencyRecord
 from service.store import Store
 from service.tenants import Tenants
 from service.usage import Usage
-from tests.fakes import ACCEPTED, T0, MemoryBucket, job_id, new_store, row, settings_for
+from tests.databases import on_postgres
+from tests.fakes import ACCEPTED, T0, MemoryBucket, job_id, leases_of, new_store, row, settings_for
 from tests.unit.service.in_process import BODY, Service, problem
 
 pytestmark = pytest.mark.database
@@ -63,6 +67,71 @@ def test_many_at_once_get_no_more_than_the_quota(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert (len(refused), len(store.live())) == (5, 3)
+
+
+def paused(store: Store, number: int, **fields: Any) -> None:
+    store.insert(row(number, state="paused", pause_requested=1, **fields), ACCEPTED, None)
+
+
+def resume(store: Store, number: int) -> bool:
+    return store.request_resume(job_id(number), None, T0)
+
+
+def test_nobody_gets_round_the_quota_by_pausing_and_resuming(store: Store) -> None:
+    limit(store, queued_jobs=2)
+    for number in (1, 2, 3):
+        paused(store, number)
+    store.insert(row(4), ACCEPTED, None)
+    paused(store, 5, project="another")
+    assert resume(store, 1)
+    before = store.everything()
+    with pytest.raises(QuotaExceeded, match="may have 2 jobs waiting at once and has 2; wait"):
+        resume(store, 2)
+    assert store.everything() == before
+    with pytest.raises(QuotaExceeded):
+        store.insert(row(6), ACCEPTED, None)
+    assert resume(store, 5), "another project's line is its own"
+    assert not resume(store, 1), "there is no pause to end"
+    assert store.apply(store.live()[3], {"state": "running"}) is not None
+    assert resume(store, 2)
+
+
+def test_who_resumes_before_the_pause_is_complete_counts_too(store: Store) -> None:
+    """One that is pausing goes to the line once it has stopped; one that only was to pause runs on."""
+    limit(store, queued_jobs=1)
+    for number, state, why in ((1, "pausing", "user_paused"), (2, "pausing", "user_paused"), (3, "running", None)):
+        store.insert(row(number, state=state, pause_requested=1, stop_reason=why), ACCEPTED, None)
+    assert resume(store, 1)
+    with pytest.raises(QuotaExceeded):
+        resume(store, 2)
+
+
+def test_many_resumed_at_once_get_no_more_than_the_quota(store: Store) -> None:
+    limit(store, queued_jobs=3)
+    for number in range(1, 9):
+        paused(store, number)
+    refused = []
+
+    def again(number: int) -> None:
+        try:
+            resume(store, number)
+        except QuotaExceeded:
+            refused.append(number)
+
+    with ThreadPoolExecutor(8) as users:
+        list(users.map(again, range(1, 9)))
+    assert (len(refused), sum(job.pause_requested == 0 for job in store.live())) == (5, 3)
+
+
+def test_a_resume_beyond_the_quota_is_a_429(service: Service) -> None:
+    quotas(service, queued_jobs=1)
+    paused(service.store, 1)
+    service.store.insert(row(2), ACCEPTED, None)
+    refused = problem(service.ask(1, "resume"), 429, "quota-exceeded")
+    assert refused["detail"].endswith("wait until some have started, or cancel some")
+    assert service.client.get(f"/v1/jobs/{job_id(1)}").json()["state"] == "paused"
+    project = service.client.get("/v1/project/audit").json()["items"]
+    assert "job.resume" not in [entry["action"] for entry in project]
 
 
 def test_a_day_is_the_24_hours_before_and_deleted_jobs_count(store: Store) -> None:
@@ -175,7 +244,7 @@ class Counting(MemoryBucket):
 
 def test_what_a_project_stores_is_measured_once_in_an_interval(store: Store, tmp_path: Path) -> None:
     bucket, tenants = Counting(), Tenants(store._engine)
-    usage = Usage(tenants, bucket, settings_for(tmp_path, usage_interval=60))
+    usage = Usage(tenants, bucket, settings_for(tmp_path, usage_interval=60), leases_of(store))
     bucket.put("default/jobs/j/a", b"12345")
     bucket.put("default/datasets/d", b"123")
     bucket.put("another/jobs/j/a", b"1")
@@ -192,3 +261,63 @@ def test_what_a_project_stores_is_measured_once_in_an_interval(store: Store, tmp
     bucket.down = False
     usage.run(at + timedelta(seconds=60))
     assert tenants.project("default").used_bytes == 9
+
+
+def test_of_two_control_planes_one_lists_what_is_stored(store: Store, tmp_path: Path) -> None:
+    """And the other one goes on where the first stopped, or died, without listing again what was listed."""
+    bucket, tenants, settings = Counting(), Tenants(store._engine), settings_for(tmp_path)
+
+    class Dying(Counting):
+        """The second control plane begins in the middle of the first one's listing; its lease has run out."""
+
+        def objects(self, prefix: str) -> list[ObjectInfo]:
+            found = super().objects(prefix)
+            if prefix == "another/":
+                tenants.note_use("another", 0, at)
+                second.run(at)
+            return found
+
+    at = now()
+    second = Usage(tenants, bucket, settings, leases_of(store))
+    first = Usage(tenants, dying := Dying(), settings, leases_of(store))
+    first.run(at)
+    assert (dying.listed, bucket.listed) == (["another/"], ["default/"])
+    first.run(at)
+    assert (dying.listed, bucket.listed) == (["another/"], ["default/"])
+
+
+@pytest.mark.skipif(not on_postgres(), reason="an embedded database has one control plane")
+def test_who_does_not_hold_the_lease_lists_nothing(store: Store, tmp_path: Path) -> None:
+    bucket, settings = Counting(), settings_for(tmp_path)
+    Leases(store._engine, seconds=60).hold("usage")
+    Usage(Tenants(store._engine), bucket, settings, Leases(store._engine, seconds=60)).run(now())
+    assert bucket.listed == []
+
+
+@pytest.mark.parametrize("ask", ["/v1/project", "/v1/queue"])
+def test_a_question_about_one_project_reads_no_row_of_another(service: Service, ask: str) -> None:
+    service.store.insert(row(1), ACCEPTED, None)
+    service.store.insert(row(2, project="another"), ACCEPTED, None)
+    loaded: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, *rest: Any) -> None:
+        loaded.append(statement)
+
+    sa.event.listen(service.store._engine, "before_cursor_execute", note)
+    assert service.client.get(ask).status_code == 200
+    assert [sql for sql in loaded if "FROM jobs" in sql and "jobs.project =" not in sql] == []
+    assert [job.id for job in service.store.live("default")] == [job_id(1)]
+
+
+def test_the_quotas_of_one_project_are_read_alone(service: Service) -> None:
+    quotas(service, running_gpus=3)
+    service.tenants.set_quotas("another", Quotas(running_gpus=5), OPERATOR)
+    assert service.store.quotas("default") == {"default": Quotas(running_gpus=3)}
+    loaded: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, *rest: Any) -> None:
+        loaded.append(statement)
+
+    sa.event.listen(service.store._engine, "before_cursor_execute", note)
+    assert service.post(BODY, query="?dry_run=true").status_code == 200
+    assert [sql for sql in loaded if "FROM projects" in sql and "projects.name =" not in sql] == []

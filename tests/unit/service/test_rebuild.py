@@ -256,6 +256,8 @@ def test_a_job_of_a_backup_that_was_deleted_since_is_ended_and_not_run_again(wor
     assert outcome.gone == [job_id(1)]
     assert (world.job(1).state, world.job(1).reason) == ("cancelled", "user_cancelled")
     assert [job.id for job in world.store.live()] == [job_id(2), job_id(3)]
+    [entry] = Tenants(world.store._engine).audit("default", 9, None)
+    assert (entry.actor, entry.action, entry.target) == ("operator", "job.end", job_id(1))
     assert again(world) == Outcome()
 
 

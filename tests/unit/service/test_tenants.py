@@ -1,13 +1,14 @@
 """Projects, members and keys over REST and by the operator's commands; and the log of who changed what."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from api.tenants import Role
+from api.tenants import Quotas, Role
 from service.audit import OPERATOR
 from service.cli import app
 from service.database import make_engine
@@ -138,6 +139,9 @@ def test_an_operator_sets_up_a_project_from_nothing(operator: Any) -> None:
     assert key_id in listed
     assert secret not in listed
     assert secret[:11] in listed
+    assert "admin operator" not in listed
+    operator("keys create --name mine --project vision --operator")
+    assert "admin operator  mine" in operator("keys list --project vision")
     operator(f"keys revoke {key_id}")
     assert "revoked" in operator("keys list")
     operator("members remove ada@example.org --project vision")
@@ -150,10 +154,14 @@ def test_an_operator_sets_up_a_project_from_nothing(operator: Any) -> None:
     ("words", "says"),
     [
         ("projects create Vision", "small letters"),
+        (f"projects create {'a' * 48}", "47 at most"),
         ("projects create default", "already"),
         ("projects quota default running_gpus=many", "is no quota"),
         ("projects quota default gpus=8", "is no quota"),
         ("projects quota default running_workers=0", "greater than or equal to 1"),
+        ("projects quota default running_workers=2147483648", "running_workers: input should be less than or equal to"),
+        ("projects quota default running_gpus=99999999999999999999", "running_gpus: input should be less than or eq"),
+        ("projects quota default stored_bytes=9223372036854775808", "stored_bytes: input should be less than or equ"),
         ("projects quota nowhere running_gpus=8", "no project nowhere"),
         ("members add a/b --role viewer", "not allowed"),
         ("members remove ada", "no member ada"),
@@ -179,3 +187,35 @@ def test_what_an_operator_changes_is_in_the_log(operator: Any, tmp_path: Path) -
     engine.dispose()
     assert (first.action, first.actor) == ("project.create", "operator")
     assert (newest.action, newest.details) == ("project.quotas", {"quotas": {"running_gpus": 8}})
+
+
+def test_the_highest_quotas_that_a_database_keeps_are_taken(service: Service) -> None:
+    numbers = dict.fromkeys(
+        ("running_workers", "running_cpus", "running_gpus", "queued_jobs", "jobs_per_day"), 2**31 - 1
+    )
+    highest = Quotas(**numbers, stored_bytes=2**63 - 1, max_priority=100)
+    service.tenants.set_quotas("default", highest, OPERATOR)
+    assert service.tenants.project("default").quotas == highest
+    assert service.post(BODY).status_code == 201
+
+
+def test_a_quota_that_is_not_named_stays_and_only_what_changes_is_told(service: Service) -> None:
+    service.tenants.set_quotas("default", Quotas(running_gpus=8, queued_jobs=3), OPERATOR)
+    service.tenants.set_quotas("default", Quotas(running_gpus=8, jobs_per_day=5, queued_jobs=None), OPERATOR)
+    service.tenants.set_quotas("default", Quotas(jobs_per_day=5), OPERATOR)
+    assert service.tenants.project("default").quotas == Quotas(running_gpus=8, jobs_per_day=5)
+    assert [entry["details"] for entry in audit(service)] == [
+        {"quotas": {"queued_jobs": 3, "running_gpus": 8}},
+        {"quotas": {"jobs_per_day": 5, "queued_jobs": None}},
+    ]
+
+
+def test_quotas_that_are_set_at_the_same_time_are_all_kept(service: Service) -> None:
+    names = ("running_workers", "running_cpus", "running_gpus", "queued_jobs", "jobs_per_day")
+
+    def change(name: str) -> None:
+        service.tenants.set_quotas("default", Quotas(**{name: 7}), OPERATOR)
+
+    with ThreadPoolExecutor(len(names)) as operators:
+        list(operators.map(change, names))
+    assert service.tenants.project("default").quotas == Quotas(**dict.fromkeys(names, 7))
