@@ -1,6 +1,7 @@
 """`lockstep-server`: the control plane, and the whole stack on one machine."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -77,6 +78,8 @@ def serve(
         server = Server(create_app(settings), settings)
         try:
             with suppress(KeyboardInterrupt):
+                # Once it has ended in order, uvicorn raises the signal again; that shall not kill us.
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
                 server.run()
         except MetricsPortBusy as error:
             print(error, file=sys.stderr)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -167,6 +169,14 @@ def pins() -> dict[str, str]:
     """Return the versions in constraints.txt by normalised name."""
     lines = (line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, _, version in lines}
+
+
+def locked(name: str) -> dict[str, str]:
+    """Return the versions that a lock has for this machine, by normalised name."""
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    found = [Requirement(line.removesuffix("\\")) for line in lines if line and line[0] not in "# "]
+    here = [wanted for wanted in found if wanted.marker is None or wanted.marker.evaluate()]
+    return {canonicalize_name(wanted.name): str(wanted.specifier).removeprefix("==") for wanted in here}
 
 
 def project() -> dict[str, Any]:

