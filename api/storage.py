@@ -196,20 +196,17 @@ class Bucket:
         return self._objects(prefix, "/")
 
     def _objects(self, prefix: str, delimiter: str) -> list[ObjectInfo]:
-        return [
-            ObjectInfo(item["Key"].removeprefix(self._root), item["Size"])
-            for page in self._pages(prefix, delimiter)
-            for item in page.get("Contents", [])
-        ]
+        """List each object once: a store may give one twice that is written at that moment (seen with rclone)."""
+        pages = self._pages(prefix, delimiter)
+        sizes = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+        return [ObjectInfo(key.removeprefix(self._root), size) for key, size in sizes.items()]
 
     def folders(self, prefix: str) -> list[str]:
         """Return the names of the folders directly below `prefix`, which ends in a slash."""
         start = len(self._root) + len(prefix)
-        return [
-            item["Prefix"][start:].rstrip("/")
-            for page in self._pages(prefix, "/")
-            for item in page.get("CommonPrefixes", [])
-        ]
+        pages = self._pages(prefix, "/")
+        names = (item["Prefix"][start:].rstrip("/") for page in pages for item in page.get("CommonPrefixes", []))
+        return list(dict.fromkeys(names))
 
     def delete(self, keys: list[str]) -> None:
         """Delete objects; those that are not there count as deleted."""
