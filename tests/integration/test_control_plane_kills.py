@@ -52,7 +52,7 @@ from tests.postgres import postgres
 from tests.replay import ran, replayed
 from tests.soak import soak
 
-KILLS = {1: soak(1000, 200), 2: soak(500, 40)}
+KILLS = {1: soak(1000, 120), 2: soak(500, 40)}
 """By the number of control planes that live at once."""
 SEED = 1
 KEY = "lk_kills"

@@ -43,7 +43,7 @@ class Kept:
 
     def __init__(self, folder: Path) -> None:
         self.store, self.bucket = new_store(folder), MemoryBucket()
-        self.settings = settings_for(folder, retention_interval=10.0)
+        self.settings = settings_for(folder, retention_interval=1e-6)  # nobody waits for a lease
         self.now = T0
         self.restart()
 

@@ -22,6 +22,7 @@ from service.download import close
 from service.export import PIN
 from service.retention import policy_of
 from service.tables import pins
+from tests.databases import on_postgres
 from tests.fakes import ACCEPTED, job_id, row
 from tests.soak import soak
 from tests.stepping import Work
@@ -367,5 +368,8 @@ def test_at_every_stand_of_a_deletion(before: str, between: str, stand: str) -> 
 
 TestRaces = Races.TestCase
 TestRaces.settings = hypothesis_settings(
-    max_examples=soak(3000, 80), stateful_step_count=16, deadline=None, derandomize=soak(False, True)
+    max_examples=soak(3000, 20 if on_postgres() else 80),
+    stateful_step_count=16,
+    deadline=None,
+    derandomize=soak(False, True),
 )
