@@ -10,12 +10,10 @@ from tests.e2e.conftest import KILL_AT, KILL_SPEC
 from tests.e2e.harness import (
     Stack,
     assert_as_if_nothing_had_happened,
-    assert_same_end,
     drivers,
     follow,
     kill,
     reached,
-    wait_until,
     worker,
 )
 
@@ -43,14 +41,3 @@ def test_a_killed_part_changes_no_bit_of_the_result(
     assert ended.attempt == attempts
     assert stack.client.checkpoints(job.id).items[-1].segment.startswith(f"{attempts}-{restarts}-")
     assert_as_if_nothing_had_happened(stack, ended, undisturbed)
-
-
-def test_a_killed_control_plane_is_missed_by_nobody(undisturbed: Job, stack: Stack) -> None:
-    job = stack.client.submit({**KILL_SPEC, "name": "kill-control-plane"})
-    reached(stack.client, job, KILL_AT)
-    (control_plane,) = stack.children("service.cli serve")
-    kill(control_plane)
-    wait_until(lambda: not control_plane.is_running() or control_plane.status() == "zombie", 10, "it to be dead")
-    ended = follow(stack.client, job)
-    assert stack.submissions(job) == [f"{job.id}-1"]
-    assert_same_end(stack, ended, undisturbed)

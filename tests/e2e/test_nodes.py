@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
+import pytest
 
 from api.jobs import Job, JobState
 from service.processes import end, living, tree
@@ -59,6 +60,7 @@ def machine(stack: Stack, cpus: int) -> Iterator[Machine]:
         made.process.wait(10)
 
 
+@pytest.mark.soak
 def test_a_job_leaves_a_machine_that_is_drained_by_a_checkpoint(alone: Job, stack: Stack) -> None:
     with machine(stack, cpus=2) as other:
         with taken(stack, cpus=4):
