@@ -9,8 +9,8 @@ from api.jobs import Job, JobState
 from tests.e2e.harness import Stack, follow, running_stack
 from tests.soak import soak
 
-#: By `make soak` only: in short, test_faults.py, test_control.py and test_ray_lost.py stop and kill, and integration tests
-#: watch, resize and make way without Ray.
+#: By `make soak` only: in short, test_faults.py, test_control.py and test_ray_lost.py stop and kill, and integration
+#: tests watch, resize and make way without Ray.
 collect_ignore = soak([], ["test_storm.py", "test_frozen_rank.py", "test_nodes.py", "test_sizes.py", "test_line.py"])
 
 STEPS = 60
