@@ -43,7 +43,7 @@ postgres: .venv/dev servers
 	$(BIN)/pytest --postgres -n 2 -m database tests/unit
 
 # Unit tests side by side; those that share a machine's time with real processes one after the other.
-test: check unit postgres
+test: servers check unit postgres
 	$(BIN)/pytest tests/integration tests/e2e
 
 openapi: .venv/local
