@@ -24,7 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--postgres") and not hasattr(config, "workerinput"):  # one server for all processes of a run
-        os.environ[SERVER] = _running.enter_context(postgres())
+        try:
+            os.environ[SERVER] = _running.enter_context(postgres())
+        except pytest.skip.Exception as absent:
+            pytest.exit(f"nothing was run on PostgreSQL: {absent}", returncode=0)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
