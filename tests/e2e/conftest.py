@@ -9,9 +9,10 @@ from api.jobs import Job, JobState
 from tests.e2e.harness import Stack, follow, running_stack
 from tests.soak import soak
 
-#: By `make soak` only: in short, test_faults.py, test_control.py and test_ray_lost.py stop and kill, and integration
-#: tests watch, resize and make way without Ray.
-collect_ignore = soak([], ["test_storm.py", "test_frozen_rank.py", "test_nodes.py", "test_sizes.py", "test_line.py"])
+#: By `make soak` only: in short, test_faults.py, test_control.py and test_ray_lost.py stop and kill, and tests without
+#: Ray watch, resize, make way, kill control planes and keep Ray silent.
+_LONG = ("failpoints", "frozen_rank", "line", "nodes", "silent_ray", "sizes", "storm")
+collect_ignore = soak([], [f"test_{name}.py" for name in _LONG])
 
 STEPS = 60
 #: After the second checkpoint (20), off the interval.
