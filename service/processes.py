@@ -243,7 +243,9 @@ class Supervisor:
         for child in self.children:
             if child.process is not None:
                 child.process.poll()
-        self._reap_orphans()
+        deadline = time.monotonic() + grace
+        while not self._reap_orphans() and time.monotonic() < deadline:
+            time.sleep(TICK / 2)
         return left
 
     def _look_at(self, child: Child) -> None:
@@ -296,13 +298,16 @@ class Supervisor:
     def _descendants(self) -> list[psutil.Process]:
         return psutil.Process().children(recursive=True)
 
-    def _reap_orphans(self) -> None:
-        """Collect the exit status of processes that became ours when their parents died."""
+    def _reap_orphans(self) -> bool:
+        """Collect the exit status of processes that became ours when their parents died; False if some of them have
+        ended and not let go yet, as one with much memory and many threads may not for a moment."""
         own = {child.process.pid for child in self.children if child.process is not None}
+        gone = True
         for process in psutil.Process().children():
             with suppress(psutil.NoSuchProcess, ChildProcessError):
                 if process.pid not in own and process.status() == psutil.STATUS_ZOMBIE:
-                    os.waitpid(process.pid, os.WNOHANG)
+                    gone &= os.waitpid(process.pid, os.WNOHANG)[0] != 0
+        return gone
 
 
 def _session(leader: int) -> list[psutil.Process]:
