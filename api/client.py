@@ -54,8 +54,9 @@ from .jobs import (
 )
 from .json_values import beyond_json
 from .live import EVENT_KINDS, LOG_KINDS, LONGEST_PAUSE, METRIC_KINDS, Kinds, Stream
+from .prepare_spec import PrepareSpec
 from .project_client import ProjectClient
-from .spec import PrepareSpec, TrainSpec
+from .spec import TrainSpec
 from .sse import MEDIA_TYPE
 from .verification import ShowChecking, Verification, read_verification
 

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from .spec import PrepareSpec, TrainSpec
+from .prepare_spec import PrepareSpec
+from .spec import TrainSpec
 
 _KINDS: dict[int | str, type[BaseModel]] = {"train": TrainSpec, "prepare": PrepareSpec}
 

@@ -23,7 +23,8 @@ from .cells import table as _table
 from .cells import text as _text
 from .client import Update
 from .jobs import Checkpoint, Event, Job, JobState, MetricPoint, PreparePlan, QueueEntry, Rewind, TrainPlan
-from .spec import PrepareSpec, ResourceSpec, TrainSpec
+from .prepare_spec import PrepareSpec
+from .spec import ResourceSpec, TrainSpec
 from .words import duration, figure, short, size
 
 QUIET_SECONDS = 15.0

@@ -9,28 +9,20 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ByteSize,
     ConfigDict,
     Discriminator,
     Field,
-    StringConstraints,
     Tag,
     TypeAdapter,
     field_validator,
     model_validator,
 )
 
-from .names import DatasetRef, JobId, Name
-
-_KEY = r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?"
-_VALUE = r"[A-Za-z0-9]?[A-Za-z0-9._ -]{0,62}"
-LabelKey = Annotated[str, StringConstraints(pattern=f"^{_KEY}$")]
-LabelValue = Annotated[str, StringConstraints(pattern=f"^{_VALUE}$", max_length=63)]
-#: What jobs are listed by: `key=value`, or `key` alone for any value.
-LabelFilter = Annotated[str, StringConstraints(pattern=f"^{_KEY}(={_VALUE})?$")]
-Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=16)]
+from .names import DatasetRef, JobId
+from .prepare_spec import PrepareSpec
+from .spec_base import JobSpecBase, Strict
 
 #: layers, width, heads: `model.size` names one of these rows; any field given beside it wins.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -43,12 +35,6 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "774m": (36, 1280, 20),
     "1.5b": (48, 1600, 25),
 }
-
-
-class Strict(BaseModel):
-    """A model that refuses unknown fields, coerced types, NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 Precision = Literal["fp32", "bf16"]
@@ -287,24 +273,7 @@ class InitSpec(Strict):
     """Which of its checkpoints; null means the newest one. This job goes on from there to its own `steps`."""
 
 
-class _JobSpecBase(Strict):
-    name: Name
-    """What people call the job: lower-case letters, digits, dashes. Need not be unique."""
-    labels: Labels = Field(default_factory=dict)
-    """Up to 16 key-value pairs of your own, shown with the job."""
-    priority: int = Field(default=0, ge=-100, le=100)
-    """Who goes first where there is not room for all: higher before lower, then older before younger. A higher one
-    makes lower trainings checkpoint and wait."""
-    retries: int = Field(default=3, ge=0, le=100)
-    """New attempts allowed after faults of the job's own processes, such as an error or too little memory; the same
-    fault twice at the same step ends the job at once. Lost workers, machines, clusters and buckets do not count."""
-    deadline: int | None = Field(default=None, ge=1, le=10**9)
-    """Seconds from acceptance after which the job is stopped and failed; null means none."""
-    seed: int = Field(default=0, ge=0, le=2**63 - 1)
-    """Fixes initial weights, data order and dropout."""
-
-
-class TrainSpec(_JobSpecBase):
+class TrainSpec(JobSpecBase):
     kind: Literal["train"] = "train"
     """A training job."""
     task: Literal["generation"] = "generation"
@@ -448,48 +417,6 @@ def _nearest(n: int) -> str:
 def _nearest_multiples(n: int, unit: int) -> str:
     below = n - n % unit
     return f"the nearest that fit are {below} and {below + unit}" if below else f"the least that fits is {unit}"
-
-
-class StdlibSource(Strict):
-    type: Literal["python-stdlib"]
-    """The sources of the Python standard library on the machine that prepares, without its tests."""
-    max_bytes: int = Field(default=20_000_000, ge=10_000, le=20_000_000)
-    """Stop after this much text."""
-
-
-class TextSource(Strict):
-    type: Literal["text"]
-    """UTF-8 objects in the project's own part of the bucket."""
-    folder: Name
-    """Every object under `uploads/<folder>/` is one document."""
-
-
-class TokenizerSpec(Strict):
-    type: Literal["bpe", "characters"] = "bpe"
-    """Byte-level byte-pair encoding, or one token for each character."""
-    vocab_size: int = Field(default=2048, ge=258, le=262_144)
-    """Tokens of a `bpe` vocabulary; `characters` takes what the text has."""
-
-
-class PrepareResources(Strict):
-    cpus: int = Field(default=1, ge=1, le=1024)
-    """CPU cores."""
-
-
-class PrepareSpec(_JobSpecBase):
-    kind: Literal["prepare"]
-    """A job that turns text into a tokenized dataset."""
-    dataset: Name
-    """Name of the dataset to write; the job's id becomes the version."""
-    source: Annotated[StdlibSource | TextSource, Field(discriminator="type")]
-    tokenizer: TokenizerSpec = Field(default_factory=TokenizerSpec)
-    split: Literal["document", "tail"] = "document"
-    """`document`: whole documents, chosen by a hash of their names; `tail`: the last part of the text."""
-    eval_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Part of the text that becomes the eval split."""
-    shard_tokens: int = Field(default=50_000_000, ge=1024, le=2**31 - 1)
-    """Most tokens in one shard."""
-    resources: PrepareResources = Field(default_factory=PrepareResources)
 
 
 def _kind_of(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StringConstraints
 
 from .jobs import Answer
-from .spec import Strict
+from .spec_base import Strict
 
 MEMBER = r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}$"
 #: A person or a program: a user name or an e-mail address.

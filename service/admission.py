@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from service.settings import NodeGroup
 
 Resources = Mapping[str, float]

@@ -34,7 +34,8 @@ from api.jobs import (
 )
 from api.layout import JobLayout
 from api.names import new_job_id
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from api.storage import Bucket
 from api.tenants import Quotas
 from service.admission import Node, with_addable

@@ -6,7 +6,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from api.jobs import JobState, QueueEntry
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from api.tenants import Quotas
 from service.admission import Node, bundles, needs, with_addable
 from service.lifecycle import Turn

@@ -7,7 +7,8 @@ from api.arithmetic import parameter_count, samples, total_steps
 from api.documents import DatasetDocument
 from api.errors import Fault, InvalidSpec
 from api.jobs import MemoryPlan, PreparePlan, TrainPlan
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from service.admission import Node, why_never
 from service.memory import memory_plan
 

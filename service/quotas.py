@@ -5,7 +5,8 @@ from datetime import datetime, timedelta
 
 from api.errors import Fault, QuotaExceeded
 from api.jobs import JobState
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from api.tenants import Quotas, Use
 from service.admission import bundles, describe
 from service.allowance import never

@@ -25,7 +25,8 @@ from api.errors import LockstepError, StorageError
 from api.jobs import JobState, Reason
 from api.layout import JobLayout
 from api.names import submission_id
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from api.storage import Bucket
 from service.failpoints import failpoint
 from service.leases import LINE, Leases

@@ -19,7 +19,7 @@ from api.documents import (
     SegmentDocument,
 )
 from api.jobs import JobState, Progress, Reason
-from api.spec import PrepareSpec
+from api.prepare_spec import PrepareSpec
 from service.lifecycle import IDLE
 from service.reasons import REASONS
 from service.rows import JobRow

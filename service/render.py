@@ -4,7 +4,8 @@ import shlex
 from typing import Any
 
 from api.names import submission_id
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from service.settings import Settings
 
 

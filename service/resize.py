@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from api.tenants import Quotas
 from service.admission import Node, why_never
 from service.quotas import beyond_quota

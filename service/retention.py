@@ -20,7 +20,8 @@ from api.history import history, newest
 from api.jobs import JobState
 from api.layout import JobLayout, SegmentId
 from api.manifest import read_manifest
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from api.storage import Bucket
 from service.leases import Leases
 from service.logs import about

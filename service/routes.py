@@ -24,7 +24,8 @@ from api.jobs import (
     TrainPlan,
 )
 from api.names import JOB_ID, Name
-from api.spec import JobSpec, LabelFilter
+from api.spec import JobSpec
+from api.spec_base import LabelFilter
 from service.download import LINES, Download, Lines
 from service.jobs import Jobs
 from service.keyed import SUBMITTER, VIEWER, Limit, Who, keyed_router, principal, who

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from api.documents import CheckpointRef, now
 from api.jobs import JobState
-from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec, job_spec_adapter
 from api.tenants import Quotas, Role
 
 

@@ -30,7 +30,8 @@ from api.documents import (
 from api.errors import InvalidData, ObjectMissing, StorageUnavailable
 from api.jobs import JobState, Progress, Reason
 from api.layout import JobLayout, chunk
-from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec, job_spec_adapter
 from api.storage import Bucket, ObjectInfo
 from service.leases import Leases
 from service.ray_backend import RayBackend

@@ -14,7 +14,8 @@ from torch.multiprocessing.spawn import spawn
 from api.documents import DatasetDocument, JobDocument, Manifest, ResultDocument, StreamLine, now
 from api.history import history
 from api.layout import DatasetLayout, JobLayout, upload_prefix
-from api.spec import PrepareSpec, TrainSpec
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec
 from api.storage import Bucket
 from workers.attempt import Attempt
 from workers.restore import read_segments

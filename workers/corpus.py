@@ -8,7 +8,7 @@ from pathlib import Path
 
 from api.errors import InvalidData
 from api.layout import upload_prefix
-from api.spec import PrepareSpec, StdlibSource, TextSource
+from api.prepare_spec import PrepareSpec, StdlibSource, TextSource
 from api.storage import Bucket
 
 

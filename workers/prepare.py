@@ -18,7 +18,7 @@ from api.documents import DatasetDocument, JobDocument, ResultDocument, ShardDoc
 from api.errors import InvalidData
 from api.jobs import Reason
 from api.layout import DatasetLayout
-from api.spec import PrepareSpec
+from api.prepare_spec import PrepareSpec
 from api.storage import Bucket
 from workers.attempt import NOT_OURS, Attempt, claim, log_to_stderr, parse_arguments
 from workers.control import Control, Halt

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from api.documents import ShardDocument
 from api.errors import InvalidData
 from api.names import END_OF_TEXT
-from api.spec import TokenizerSpec
+from api.prepare_spec import TokenizerSpec
 from workers.order import BLOCK_BYTES
 
 

@@ -12,7 +12,7 @@ from api.documents import CheckpointRef, JobDocument
 from api.errors import InvalidData
 from api.jobs import Reason
 from api.layout import DatasetLayout
-from api.spec import TokenizerSpec
+from api.prepare_spec import TokenizerSpec
 from api.storage import Bucket
 from tests.training import (
     PROJECT,

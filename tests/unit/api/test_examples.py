@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec, job_spec_adapter
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "deploy" / "examples").glob("*.yaml"))
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from api.spec import SIZES, PrepareSpec, TrainSpec, job_spec_adapter
+from api.prepare_spec import PrepareSpec
+from api.spec import SIZES, TrainSpec, job_spec_adapter
 
 SPEC: dict[str, Any] = {"name": "tiny", "data": {"dataset": "words"}, "model": {"size": "1m"}}
 PREPARE: dict[str, Any] = {"kind": "prepare", "name": "p", "dataset": "words", "source": {"type": "python-stdlib"}}

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from api.errors import faults_of
-from api.spec import PrepareSpec, TrainSpec, WorkerRange, job_spec_adapter
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec, WorkerRange, job_spec_adapter
 from tests.unit.api.test_spec import PREPARE, SPEC, prepare, refused, train
 
 JOB = "job-01h4x5y6z7abcdefghjk"

@@ -24,7 +24,8 @@ from api.documents import CheckpointRef, Manifest, SegmentDocument, now
 from api.errors import Conflict, InvalidData, NotFound, ObjectMissing
 from api.jobs import ModelFile
 from api.layout import DatasetLayout, JobLayout
-from api.spec import ModelSpec, TokenizerSpec
+from api.prepare_spec import TokenizerSpec
+from api.spec import ModelSpec
 from service import export
 from service.architectures import export_config, export_tensors, model_tensors
 from service.download import Download

@@ -30,7 +30,7 @@ from api.documents import Manifest, Receipt, SegmentDocument, StreamLine
 from api.errors import Problem
 from api.jobs import JobState, ModelFile
 from api.layout import CheckpointLayout, DatasetLayout, JobLayout, chunk
-from api.spec import LabelFilter
+from api.spec_base import LabelFilter
 from api.tenants import KeyRequest, Role
 from service.app import make_api
 from service.architectures import model_tensors

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from api.arithmetic import BATCHES_AHEAD, parameter_count
 from api.errors import Fault, InvalidSpec
 from api.jobs import MemoryPlan, Plan, TrainPlan
-from api.spec import PrepareSpec, TrainSpec, job_spec_adapter
+from api.prepare_spec import PrepareSpec
+from api.spec import TrainSpec, job_spec_adapter
 from service.admission import Node
 from service.memory import CHECKPOINT_PIECE, block_bytes_per_token, memory_plan
 from service.plan import plan_prepare, plan_train

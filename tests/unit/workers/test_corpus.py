@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.errors import InvalidData
-from api.spec import PrepareSpec
+from api.prepare_spec import PrepareSpec
 from workers.corpus import TextDocument, split
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from api.documents import ShardDocument
 from api.errors import InvalidData
 from api.names import END_OF_TEXT
-from api.spec import TokenizerSpec
+from api.prepare_spec import TokenizerSpec
 from workers.blocks import Shard, check_header
 from workers.order import BLOCK_BYTES, HEADER_BYTES
 from workers.tokens import describe_shard, encode, shard_bytes, train_tokenizer, unigram_loss
