@@ -92,7 +92,7 @@ of chart or program: KubeRay replaces all pods when anything in the cluster's sp
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}
 labels:
-  app.kubernetes.io/instance: {{ $root.Release.Name }}
+  app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
   app.kubernetes.io/component: ray
   app.kubernetes.io/part-of: lockstep
   {{- with $pod.labels }}
