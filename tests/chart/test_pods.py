@@ -198,6 +198,27 @@ def test_a_heads_end_looks_for_the_drivers_that_the_control_plane_starts() -> No
     assert argument.replace("\\", "") in shlex.split(command)
 
 
+def test_a_group_with_a_tag_of_its_own_has_not_the_digest_of_the_others() -> None:
+    """A digest goes before a tag, and would have GPUs get the image for CPUs."""
+    common = {"repository": "trainer", "digest": f"sha256:{'1' * 64}"}
+    size = {"replicas": 1, "cpu": 1, "memory": "1Gi"}
+    images = {
+        "plain": {},
+        "tagged": {"tag": "cuda"},
+        "elsewhere": {"repository": "other"},
+        "fixed": {"tag": "cuda", "digest": f"sha256:{'2' * 64}"},
+    }
+    groups = [{"name": name, "image": image} | size for name, image in images.items()]
+    objects = render(values_of("minimal") | {"images": {"worker": common}, "ray": {"workerGroups": groups}})
+    found = {name: pod(objects, f"RayCluster/lockstep/{name}").containers[0]["image"] for name in images}
+    assert found == {
+        "plain": f"trainer@sha256:{'1' * 64}",
+        "tagged": "trainer:cuda",
+        "elsewhere": "other:0.1.0",
+        "fixed": f"trainer@sha256:{'2' * 64}",
+    }
+
+
 def test_sqlite_is_never_shared_and_postgres_is_migrated_first() -> None:
     alone, shared = objects_of("minimal"), objects_of("production")
     assert named(alone, "Deployment")["lockstep"]["spec"]["strategy"] == {"type": "Recreate"}

@@ -77,6 +77,14 @@
 {{- include "lockstep.storageVolumes" . }}
 {{- end -}}
 
+{{/* The workers' image, and over it what a group says; another repository or tag has not the common digest. Called with (list context group). */}}
+{{- define "lockstep.groupImage" -}}
+{{- $image := deepCopy (index . 0).Values.images.worker -}}
+{{- $own := (index . 1).image | default dict -}}
+{{- if or $own.repository $own.tag }}{{ $_ := set $image "digest" "" }}{{ end -}}
+{{- include "lockstep.image" (list (index . 0) (mergeOverwrite $image $own)) -}}
+{{- end -}}
+
 {{/* Requests equal limits: Ray counts with the limits, and a pod that gets less would be killed. Called with a group. */}}
 {{- define "lockstep.rayResources" -}}
 {{- $each := dict "cpu" .cpu "memory" .memory -}}
