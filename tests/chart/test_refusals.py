@@ -82,6 +82,7 @@ BY_SENTENCE: list[tuple[Object, str]] = [
     (variable("LOCKSTEP_TRUSTED_HOSTS"), "controlPlane.extraEnv has LOCKSTEP_TRUSTED_HOSTS, which the chart sets"),
     (variable("AWS_DEFAULT_REGION"), "controlPlane.extraEnv has AWS_DEFAULT_REGION, which the chart sets itself"),
     ({"ray": variable("LOCKSTEP_CACHE")["controlPlane"]}, "ray.extraEnv has LOCKSTEP_CACHE, which the chart sets"),
+    ({"ray": variable("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")["controlPlane"]}, "which the chart sets itself"),
 ]
 
 BY_SCHEMA: list[tuple[Object, str]] = [

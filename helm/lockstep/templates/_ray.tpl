@@ -45,6 +45,13 @@
 {{ include "lockstep.storageEnv" . }}
 {{- end -}}
 
+{{- define "lockstep.headEnv" -}}
+{{ include "lockstep.rayEnv" . }}
+# Its own drain at SIGTERM, 30 s, would only refuse what comes while its drivers have ended already.
+- name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+  value: "0"
+{{- end -}}
+
 {{- define "lockstep.rayMounts" -}}
 - name: tmp
   mountPath: /tmp
