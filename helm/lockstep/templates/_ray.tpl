@@ -57,8 +57,6 @@
   mountPath: /tmp
 - name: ray-logs
   mountPath: /tmp/ray
-- name: cache
-  mountPath: /var/cache/lockstep
 {{- include "lockstep.storageMounts" . }}
 {{- end -}}
 
@@ -67,6 +65,11 @@
   emptyDir: {}
 - name: ray-logs
   emptyDir: {}
+{{- include "lockstep.storageVolumes" . }}
+{{- end -}}
+
+{{/* Only ranks read token shards and compile. */}}
+{{- define "lockstep.cacheVolume" -}}
 - name: cache
   {{- if .Values.ray.cache.storageClass }}
   ephemeral:
@@ -81,7 +84,6 @@
   emptyDir:
     sizeLimit: {{ .Values.ray.cache.size }}
   {{- end }}
-{{- include "lockstep.storageVolumes" . }}
 {{- end -}}
 
 {{/* The workers' image, and over it what a group says; another repository or tag has not the common digest. Called with (list context group). */}}
