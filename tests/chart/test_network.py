@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.chart.chart import NAMESPACE, Object, Pod, named, objects_of, pod, pods
+from tests.chart.chart import NAMESPACE, Object, Pod, named, objects_of, pod, pods, values_of
 
 HEAD, WORKER, PLANE = "RayCluster/lockstep/headgroup", "RayCluster/lockstep/cpu", "Deployment/lockstep"
 RAY_PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, "worker": 20_000, "agent": 52_365}
@@ -119,3 +119,13 @@ def test_the_egress_policy_holds_every_pod() -> None:
     objects = objects_of("air-gapped")
     (policy,) = (p for p in named(objects, "NetworkPolicy").values() if p["spec"]["policyTypes"] == ["Egress"])
     assert all(_selects(policy["spec"]["podSelector"], each.labels) for each in pods(objects))
+
+
+def test_what_leaves_the_release_is_names_itself_and_what_the_values_allow() -> None:
+    (policy,) = (p["spec"] for p in named(objects_of("air-gapped"), "NetworkPolicy").values() if "egress" in p["spec"])
+    names, itself, *others = policy["egress"]
+    assert names == {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}
+    (peer,) = itself["to"]
+    assert "ports" not in itself
+    assert all(_selects(peer["podSelector"], each.labels) for each in pods(objects_of("air-gapped")))
+    assert others == values_of("air-gapped")["networkPolicy"]["egress"]["rules"]

@@ -70,7 +70,8 @@ def test_workers_know_every_setting_that_they_are_given(scenario: str, monkeypat
         values = set_environment(monkeypatch, each.containers[0])
         assert {name for name in values if name.startswith("LOCKSTEP_")} <= known
         mounts = [mount["mountPath"] for mount in each.containers[0]["volumeMounts"]]
-        assert any(WorkerSettings().cache.is_relative_to(mount) for mount in mounts if mount != "/tmp")
+        cached = any(WorkerSettings().cache.is_relative_to(mount) for mount in mounts if mount != "/tmp")
+        assert cached is not each.owner.endswith("/headgroup"), "no rank runs there, and a volume costs"
 
 
 def test_the_cache_stays_below_the_size_of_its_volume(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +197,27 @@ def test_a_heads_end_looks_for_the_drivers_that_the_control_plane_starts() -> No
     spec = TrainSpec.model_validate(yaml.safe_load(example.read_text(encoding="utf-8")))
     command = submission(spec, "default", "job", 1, Settings(storage="s3://models"))["entrypoint"]
     assert argument.replace("\\", "") in shlex.split(command)
+
+
+def test_a_group_with_a_tag_of_its_own_has_not_the_digest_of_the_others() -> None:
+    """A digest goes before a tag, and would have GPUs get the image for CPUs."""
+    common = {"repository": "trainer", "digest": f"sha256:{'1' * 64}"}
+    size = {"replicas": 1, "cpu": 1, "memory": "1Gi"}
+    images = {
+        "plain": {},
+        "tagged": {"tag": "cuda"},
+        "elsewhere": {"repository": "other"},
+        "fixed": {"tag": "cuda", "digest": f"sha256:{'2' * 64}"},
+    }
+    groups = [{"name": name, "image": image} | size for name, image in images.items()]
+    objects = render(values_of("minimal") | {"images": {"worker": common}, "ray": {"workerGroups": groups}})
+    found = {name: pod(objects, f"RayCluster/lockstep/{name}").containers[0]["image"] for name in images}
+    assert found == {
+        "plain": f"trainer@sha256:{'1' * 64}",
+        "tagged": "trainer:cuda",
+        "elsewhere": "other:0.1.0",
+        "fixed": f"trainer@sha256:{'2' * 64}",
+    }
 
 
 def test_sqlite_is_never_shared_and_postgres_is_migrated_first() -> None:

@@ -38,6 +38,10 @@ BY_SENTENCE: list[tuple[Object, str]] = [
     (autoscaled(minReplicas=3, maxReplicas=2), "has minReplicas 3 above maxReplicas 2"),
     (autoscaled(replicas=5, maxReplicas=2), "begins with 5 replicas, which is not from minReplicas 0 to maxReplicas 2"),
     (autoscaled(replicas=0, minReplicas=1, maxReplicas=2), "begins with 0 replicas"),
+    (
+        autoscaled(maxReplicas=2) | {"fullnameOverride": "a" * 47},
+        "has 51 characters; with autoscaling KubeRay cuts its name to 50",
+    ),
     (group(maxReplicas=4), "which only ray.autoscaling.enabled uses"),
     ({"ray": {"gcsFaultTolerance": {"enabled": True}}}, "needs redisAddress, such as redis:6379"),
     (
@@ -64,6 +68,7 @@ BY_SENTENCE: list[tuple[Object, str]] = [
     ({"httpRoute": {"enabled": True}}, "httpRoute.enabled needs httpRoute.parentRefs"),
     ({"httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]}}, "all would be answered 400"),
     ({"monitoring": {"prometheusRule": {"enabled": True}}}, "Set monitoring.serviceMonitor.enabled"),
+    ({"database": {"url": "postgresql://a@b/c?password=x"}}, "database.url has a password, which everyone sees"),
     ({"database": {"urlKey": "uri"}}, "database.urlKey names a key of database.existingSecret"),
     (
         {"database": {"urlKey": "uri", "existingSecret": "x", "url": "postgresql://a@b/c"}},
@@ -77,6 +82,7 @@ BY_SENTENCE: list[tuple[Object, str]] = [
     (variable("LOCKSTEP_TRUSTED_HOSTS"), "controlPlane.extraEnv has LOCKSTEP_TRUSTED_HOSTS, which the chart sets"),
     (variable("AWS_DEFAULT_REGION"), "controlPlane.extraEnv has AWS_DEFAULT_REGION, which the chart sets itself"),
     ({"ray": variable("LOCKSTEP_CACHE")["controlPlane"]}, "ray.extraEnv has LOCKSTEP_CACHE, which the chart sets"),
+    ({"ray": variable("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")["controlPlane"]}, "which the chart sets itself"),
 ]
 
 BY_SCHEMA: list[tuple[Object, str]] = [
@@ -88,6 +94,8 @@ BY_SCHEMA: list[tuple[Object, str]] = [
     ({"storage": {"endpoint": "s3.internal"}}, "at '/storage/endpoint'"),
     ({"database": {"url": "mysql://a@b/c"}}, "at '/database/url'"),
     ({"database": {"url": "postgresql://a:password@b/c"}}, "at '/database/url'"),
+    ({"apiKey": {"key": "api key"}}, "at '/apiKey/key': 'api key' does not match pattern"),
+    ({"database": {"urlKey": "a: b"}}, "at '/database/urlKey'"),
     ({"images": {"service": {"digest": "sha256:12"}}}, "at '/images/service/digest'"),
     ({"ray": {"version": "2.51.0"}}, "at '/ray/version'"),
     ({"ray": {"drainSeconds": 0}}, "at '/ray/drainSeconds': minimum: got 0, want 1"),

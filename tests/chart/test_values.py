@@ -38,7 +38,10 @@ def test_the_notes_name_what_is_there() -> None:
     assert "get secret own-api-key -o jsonpath='{.data.key}'" in notes
     assert "get secret own-ray-token -o jsonpath='{.data.auth_token}'" in notes
     assert "port-forward service/lockstep 8700:8700" in notes
+    assert "wait raycluster/lockstep --for" in notes
+    assert "lockstep" in named(objects_of("existing-secrets"), "RayCluster")
     assert "lockstep" in named(objects_of("existing-secrets"), "Service")
+    assert "raycluster" not in render_files(values_of("existing-ray"))["lockstep/templates/NOTES.txt"]
     assert "https://lockstep.example.com" in render_files(values_of("production"))["lockstep/templates/NOTES.txt"]
 
 

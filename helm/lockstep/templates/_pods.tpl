@@ -2,9 +2,9 @@
 {{- define "lockstep.podSecurity" -}}
 runAsNonRoot: true
 {{- with .Values.podSecurity.user }}
-runAsUser: {{ . }}
-runAsGroup: {{ . }}
-fsGroup: {{ . }}
+runAsUser: {{ int64 . }}
+runAsGroup: {{ int64 . }}
+fsGroup: {{ int64 . }}
 {{- end }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:

@@ -45,13 +45,18 @@
 {{ include "lockstep.storageEnv" . }}
 {{- end -}}
 
+{{- define "lockstep.headEnv" -}}
+{{ include "lockstep.rayEnv" . }}
+# Its own drain at SIGTERM, 30 s, would only refuse what comes while its drivers have ended already.
+- name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+  value: "0"
+{{- end -}}
+
 {{- define "lockstep.rayMounts" -}}
 - name: tmp
   mountPath: /tmp
 - name: ray-logs
   mountPath: /tmp/ray
-- name: cache
-  mountPath: /var/cache/lockstep
 {{- include "lockstep.storageMounts" . }}
 {{- end -}}
 
@@ -60,6 +65,11 @@
   emptyDir: {}
 - name: ray-logs
   emptyDir: {}
+{{- include "lockstep.storageVolumes" . }}
+{{- end -}}
+
+{{/* Only ranks read token shards and compile. */}}
+{{- define "lockstep.cacheVolume" -}}
 - name: cache
   {{- if .Values.ray.cache.storageClass }}
   ephemeral:
@@ -74,7 +84,14 @@
   emptyDir:
     sizeLimit: {{ .Values.ray.cache.size }}
   {{- end }}
-{{- include "lockstep.storageVolumes" . }}
+{{- end -}}
+
+{{/* The workers' image, and over it what a group says; another repository or tag has not the common digest. Called with (list context group). */}}
+{{- define "lockstep.groupImage" -}}
+{{- $image := deepCopy (index . 0).Values.images.worker -}}
+{{- $own := (index . 1).image | default dict -}}
+{{- if or $own.repository $own.tag }}{{ $_ := set $image "digest" "" }}{{ end -}}
+{{- include "lockstep.image" (list (index . 0) (mergeOverwrite $image $own)) -}}
 {{- end -}}
 
 {{/* Requests equal limits: Ray counts with the limits, and a pod that gets less would be killed. Called with a group. */}}
@@ -92,7 +109,7 @@ of chart or program: KubeRay replaces all pods when anything in the cluster's sp
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}
 labels:
-  app.kubernetes.io/instance: {{ $root.Release.Name }}
+  app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
   app.kubernetes.io/component: ray
   app.kubernetes.io/part-of: lockstep
   {{- with $pod.labels }}
