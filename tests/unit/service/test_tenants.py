@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from api.tenants import Quotas, Role
+from api.tenants import KeyRequest, Quotas, Role
 from service.audit import OPERATOR
+from service.auth import create_key
 from service.cli import app
 from service.database import make_engine
 from service.tenants import Tenants
@@ -177,6 +178,38 @@ def test_what_an_operator_gets_wrong_is_one_line(operator: Any, words: str, says
     output = operator(words, code=1)
     assert says in output
     assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (
+            "LOCKSTEP_DATABASE_URL",
+            "sqlite:////nowhere/at/all.db",
+            "LOCKSTEP_DATABASE_URL: unable to open database file",
+        ),
+        ("LOCKSTEP_DATABASE_URL", "mysql://u:canary@db/x", "set LOCKSTEP_DATABASE_URL to sqlite"),
+        ("LOCKSTEP_STORAGE", "", "set LOCKSTEP_STORAGE to s3://"),
+        ("LOCKSTEP_METRICS_PORT", "8700", "must be another port"),
+    ],
+)
+def test_what_is_configured_wrong_is_one_line(
+    operator: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    output = operator("keys list", code=1)
+    assert says in output
+    assert output.count("\n") == 1
+    assert "canary" not in output
+
+
+def test_what_a_tenant_calls_a_key_does_nothing_to_an_operators_terminal(operator: Any, tmp_path: Path) -> None:
+    engine = make_engine(f"sqlite:///{tmp_path / 'lockstep.db'}")
+    create_key(Tenants(engine), KeyRequest(name="a\x9b2J\u202eb\u2028c"))
+    engine.dispose()
+    listed = operator("keys list")
+    assert listed.removesuffix("\n").isprintable()
+    assert listed.endswith("a\N{REPLACEMENT CHARACTER}2J\N{REPLACEMENT CHARACTER}b c\n")
 
 
 def test_what_an_operator_changes_is_in_the_log(operator: Any, tmp_path: Path) -> None:
