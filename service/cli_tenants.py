@@ -10,6 +10,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from api import names
+from api.documents import now
 from api.errors import LockstepError
 from api.layout import PROJECT
 from api.tenants import MEMBER, KeyRequest, Quotas, Role
@@ -152,7 +153,8 @@ def list_keys(
     """List the API keys: ids and names, never the keys."""
     with _tenants() as (tenants, _):
         for owner, key in tenants.keys(project):
-            state = f"expires {key.expires_at:%F %T}" if key.expires_at else "valid"
+            over = key.expires_at is not None and key.expires_at <= now()
+            state = f"{'expired' if over else 'expires'} {key.expires_at:%F %T}" if key.expires_at else "valid"
             state = f"revoked {key.revoked_at:%F %T}" if key.revoked_at else state
             used = f"used {key.last_used_at:%F %R}" if key.last_used_at else "not used"
             whose = plain(f"{key.name} ({key.member})" if key.member else key.name)  # a tenant has written it

@@ -2,12 +2,14 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from api.documents import now
 from api.tenants import KeyRequest, Quotas, Role
 from service.audit import OPERATOR
 from service.auth import create_key
@@ -57,6 +59,28 @@ def test_what_is_refused_or_asked_twice_is_no_change(service: Service) -> None:
     service.post(BODY, key="once")
     service.post(BODY, key="once")
     assert [entry["action"] for entry in audit(service)] == ["job.submit"]
+
+
+def test_what_is_so_already_is_no_change(service: Service) -> None:
+    for role in ("viewer", "viewer", "admin", "admin"):
+        assert service.client.put("/v1/project/members/ada", json={"role": role}).json()["role"] == role
+    assert [entry["details"] for entry in audit(service)] == [{"role": "viewer"}, {"role": "admin"}]
+    service.tenants.archive("another", True, OPERATOR)
+    since = service.tenants.project("another").archived_at
+    service.tenants.archive("another", True, OPERATOR)
+    assert service.tenants.project("another").archived_at == since
+    for _ in range(2):
+        service.tenants.archive("another", False, OPERATOR)
+    log = service.tenants.audit("another", 9, None)
+    assert [entry.action for entry in log] == ["project.restore", "project.archive"]
+
+
+def test_a_key_that_has_expired_is_listed_so(operator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator("keys create --name ci --expires-in 1h")
+    assert "  expires 20" in operator("keys list")
+    later = now() + timedelta(hours=1)
+    monkeypatch.setattr("service.cli_tenants.now", lambda: later)
+    assert "  expired 20" in operator("keys list")
 
 
 def test_keys_and_members_over_rest(service: Service) -> None:
@@ -167,6 +191,7 @@ def test_an_operator_sets_up_a_project_from_nothing(operator: Any) -> None:
         ("members add a/b --role viewer", "not allowed"),
         ("members remove ada", "no member ada"),
         ("members list --project nowhere", "no project nowhere"),
+        ("keys list --project nowhere", "no project nowhere"),
         ("keys create --name k --project nowhere", "no project nowhere"),
         ("keys create --name k --member ada", "not a member"),
         ("keys create --name k --expires-in soon", "no duration"),
