@@ -137,7 +137,7 @@ class Job(Answer):
     warnings: list[str] = Field(default_factory=list)
     """What the plan found worth saying at submission."""
     links: Links | None = None
-    """Only for keys with the role `admin`, where it is configured where these pages are."""
+    """Only for keys with the operator mark, where it is configured where these pages are."""
 
 
 class ResumeRequest(BaseModel):

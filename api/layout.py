@@ -6,7 +6,7 @@ Keys are relative to the storage root (`LOCKSTEP_STORAGE`). No key is also a pre
 from dataclasses import dataclass
 
 PROJECT = "default"
-"""The one project that exists until projects do."""
+"""The project that is there from the beginning."""
 
 BARE = "bare-"
 """How the version of a folder of bare token shards begins. Prepared versions are job ids, so none of them does."""

@@ -1,5 +1,6 @@
 """What a client can do about the project of its key: `client.project`. All but `show` needs a key of the role admin."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
@@ -8,7 +9,7 @@ import httpx2
 from pydantic import TypeAdapter
 
 from .jobs import Page
-from .tenants import ApiKey, AuditEntry, KeyRequest, Member, NewApiKey, Project, Role
+from .tenants import ApiKey, AuditEntry, Member, NewApiKey, Project, Role
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class Connection(Protocol):
         params: Mapping[str, Any] | None = None,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-        patience: float = 0,
+        patience: float = ...,
     ) -> httpx2.Response: ...
 
 
@@ -58,7 +59,7 @@ class ProjectClient:
 
         It is sent once: if there is no answer, look at `keys` and revoke the one that nobody has.
         """
-        body = KeyRequest(name=name, role=role, member=member, expires_in=expires_in).model_dump_json().encode()
+        body = _json(name=name, role=role, member=member, expires_in=expires_in)
         return self._connection._ask(_NEW_KEY, "POST", "/v1/project/keys", body=body, patience=0)
 
     def revoke_key(self, key_id: str) -> None:
@@ -71,8 +72,8 @@ class ProjectClient:
 
     def put_member(self, name: str, role: Role) -> Member:
         """Make somebody a member, or give a member another role."""
-        body = f'{{"role":"{role}"}}'.encode()
-        return self._connection._ask(_MEMBER, "PUT", f"/v1/project/members/{quote(name, safe='')}", body=body)
+        path = f"/v1/project/members/{quote(name, safe='')}"
+        return self._connection._ask(_MEMBER, "PUT", path, body=_json(role=role))
 
     def remove_member(self, name: str) -> None:
         """Take a member out of the project, and end their keys."""
@@ -81,3 +82,8 @@ class ProjectClient:
     def audit(self, limit: int = 50, cursor: str | None = None) -> Page[AuditEntry]:
         """Return who changed what, newest first."""
         return self._connection._ask(_AUDIT, "GET", "/v1/project/audit", params={"limit": limit, "cursor": cursor})
+
+
+def _json(**fields: Any) -> bytes:
+    """Return a body as it was given: what is wrong with it, the control plane says."""
+    return json.dumps(fields).encode()

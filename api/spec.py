@@ -320,11 +320,12 @@ class TrainSpec(JobSpecBase):
             self._check_elastic()
         self.batch.micro_size = self._checked_micro_size()
         if not self.sizes:
+            nearest = self.nearest_sizes(self.resources.least, self.resources.most)
             raise ValueError(
                 f"no number of workers from {self.resources.least} to {self.resources.most} divides the "
                 f"{self.micro_batches} micro-batches of a global batch"
                 + (" and is a power of two" if self.determinism == "elastic" else "")
-                + f"; the nearest that do are {' and '.join(map(str, self._nearest_sizes()))}"
+                + f"; the nearest that do are {' and '.join(map(str, nearest))}"
             )
         return self
 
@@ -389,10 +390,10 @@ class TrainSpec(JobSpecBase):
         """The worker counts that the job may run with, ascending."""
         return [n for n in range(self.resources.least, self.resources.most + 1) if self.can_run_with(n)]
 
-    def _nearest_sizes(self) -> list[int]:
-        """Return the worker counts next to the range that the job could run with."""
-        fewer = (n for n in range(self.resources.least - 1, 0, -1) if self.can_run_with(n))
-        more = (n for n in range(self.resources.most + 1, 4097) if self.can_run_with(n))
+    def nearest_sizes(self, least: int, most: int) -> list[int]:
+        """Return the worker counts next to a range that the job could run with."""
+        fewer = (n for n in range(least - 1, 0, -1) if self.can_run_with(n))
+        more = (n for n in range(most + 1, 4097) if self.can_run_with(n))
         return [n for n in (next(fewer, None), next(more, None)) if n is not None]
 
     def can_run_with(self, workers: int) -> bool:

@@ -84,7 +84,13 @@ def make_api(
 ) -> FastAPI:
     """Return the routes and their errors, standing on nothing yet: enough for the OpenAPI document."""
     app = FastAPI(
-        title="Lockstep", version=__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="Lockstep",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # where to, would be told by the Host header
     )
     app.add_route("/docs", docs.show, include_in_schema=False)
     app.include_router(routes.router)

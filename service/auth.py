@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy.exc import IntegrityError
 
 from api.documents import now
-from api.errors import Unauthorized
+from api.errors import LockstepError, Unauthorized
 from api.layout import PROJECT
 from api.tenants import KeyRequest, NewApiKey, Role
 from service.audit import OPERATOR, Author, Change
@@ -65,7 +65,7 @@ def create_key(
 
 def ensure_key(tenants: Tenants, path: Path) -> None:
     """Make the key in a file known: how a stack gives its first client access. One that was ended stays ended."""
-    key = path.read_text().strip()
+    key = _read_key(path)
     found = tenants.find_key(_digest(key))
     if found is None:
         with suppress(IntegrityError):  # another replica has just made it
@@ -73,6 +73,18 @@ def ensure_key(tenants: Tenants, path: Path) -> None:
         found = tenants.find_key(_digest(key))
     if found is not None and (why := why_not(found, now())) is not None:
         logger.warning("the bootstrap key in %s %s, so it opens nothing; put another key into that file", path, why)
+
+
+def _read_key(path: Path) -> str:
+    try:
+        key = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LockstepError(f"LOCKSTEP_BOOTSTRAP_KEY_PATH names a file that cannot be read: {error}") from error
+    if not key:
+        raise LockstepError(
+            f"the file {path}, which LOCKSTEP_BOOTSTRAP_KEY_PATH names, is empty; put an API key into it"
+        )
+    return key
 
 
 def authenticate(tenants: Tenants, authorization: str | None) -> Principal:

@@ -10,10 +10,11 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from api import names
+from api.documents import now
 from api.errors import LockstepError
 from api.layout import PROJECT
 from api.tenants import MEMBER, KeyRequest, Quotas, Role
-from api.words import seconds
+from api.words import plain, seconds
 
 if TYPE_CHECKING:
     from service.audit import Author
@@ -72,8 +73,7 @@ def set_quota(
         try:
             quotas = Quotas(**given)
         except ValidationError as error:
-            fault = error.errors()[0]
-            _give_up(f"{fault['loc'][0]}: {fault['msg'][:1].lower()}{fault['msg'][1:]}")
+            _refuse(error)
         tenants.set_quotas(name, quotas, operator)
 
 
@@ -139,8 +139,7 @@ def create_key(
     try:
         wanted = KeyRequest(name=name, role=role, member=member, expires_in=_seconds(expires_in))
     except ValidationError as error:
-        fault = error.errors()[0]
-        _give_up(f"{fault['loc'][0]}: {fault['msg'][:1].lower()}{fault['msg'][1:]}")
+        _refuse(error)
     with _tenants() as (tenants, author):
         made = create(tenants, wanted, project, author, operator=operator)
     print(made.key)
@@ -154,10 +153,11 @@ def list_keys(
     """List the API keys: ids and names, never the keys."""
     with _tenants() as (tenants, _):
         for owner, key in tenants.keys(project):
-            state = f"expires {key.expires_at:%F %T}" if key.expires_at else "valid"
+            over = key.expires_at is not None and key.expires_at <= now()
+            state = f"{'expired' if over else 'expires'} {key.expires_at:%F %T}" if key.expires_at else "valid"
             state = f"revoked {key.revoked_at:%F %T}" if key.revoked_at else state
             used = f"used {key.last_used_at:%F %R}" if key.last_used_at else "not used"
-            whose = f"{key.name} ({key.member})" if key.member else key.name
+            whose = plain(f"{key.name} ({key.member})" if key.member else key.name)  # a tenant has written it
             print(f"{key.id}  {key.prefix or '-':<11}  {key.created_at:%F %T}  {state:<27}  {used:<21}  "
                   f"{owner}  {key.role}{' operator' if key.operator else ''}  {whose}")  # fmt: skip
 
@@ -178,23 +178,37 @@ def _seconds(text: str | None) -> int | None:
 
 @contextmanager
 def _tenants() -> "Iterator[tuple[Tenants, Author]]":
-    """Open the database; an error of ours is one line and exit code 1."""
+    """Open the database; what goes wrong is one line and exit code 1."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     from service.audit import OPERATOR
     from service.database import make_engine, migrate
     from service.settings import Settings
     from service.tenants import Tenants
 
-    url = Settings().database_url
-    migrate(url)
-    engine = make_engine(url)
     try:
-        yield Tenants(engine), OPERATOR
+        url = Settings().database_url
+        migrate(url)
+        engine = make_engine(url)
+        try:
+            yield Tenants(engine), OPERATOR
+        finally:
+            engine.dispose()
+    except ValidationError as error:
+        _refuse(error)
     except LockstepError as error:
         _give_up(str(error))
-    finally:
-        engine.dispose()
+    except SQLAlchemyError as error:
+        _give_up(f"the database failed; see LOCKSTEP_DATABASE_URL: {getattr(error, 'orig', None) or error}")
+
+
+def _refuse(error: ValidationError) -> NoReturn:
+    """Give up because of the first thing that is wrong with what was given."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    _give_up(f"{where}: {fault['msg'][:1].lower()}{fault['msg'][1:]}".removeprefix(": "))
 
 
 def _give_up(why: str) -> NoReturn:
-    print(why, file=sys.stderr)
+    print(plain(why), file=sys.stderr)
     raise typer.Exit(1)

@@ -1,7 +1,9 @@
 """Answers that are read piece by piece in a few threads, as fast as the client takes them: files, and lines."""
 
+import logging
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 from anyio import CancelScope, CapacityLimiter, to_thread
@@ -9,13 +11,19 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Receive, Scope, Send
 
-from api.errors import LockstepError
+from api.errors import ApiError, LockstepError
 from api.verification import MEDIA_TYPE
 from service.export import File
 
+Check = Callable[[], object]
+"""Raises an ApiError once whoever asked may have no more, their key having ended for instance."""
+
+logger = logging.getLogger("lockstep.service")
+
 _READERS = CapacityLimiter(8)
 """Pieces that are read at once: slow downloads must not take the threads of the other routes, nor the memory."""
-
+_CHECKED_EVERY = 10.0
+"""Seconds; an answer may take hours, and must not outlast its key; a check is a look into the database."""
 
 LINES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -33,11 +41,12 @@ class Piecewise(StreamingResponse):
     def __init__(
         self,
         pieces: Generator[bytes, None, None],
+        check: Check,
         media_type: str,
         headers: dict[str, str],
         release: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(_read(pieces), headers=headers, media_type=media_type)
+        super().__init__(_read(_checked(pieces, check)), headers=headers, media_type=media_type)
         self._pieces, self._release = pieces, release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,16 +64,16 @@ class Piecewise(StreamingResponse):
 class Download(Piecewise):
     """A file: an answer that ends short of its length where its pieces break off, which closes the connection."""
 
-    def __init__(self, file: File, name: str) -> None:
+    def __init__(self, file: File, name: str, check: Check) -> None:
         headers = {"Content-Length": str(file.size), "Content-Disposition": f'attachment; filename="{name}"'}
-        super().__init__(file.pieces, "application/octet-stream", headers, file.release)
+        super().__init__(file.pieces, check, "application/octet-stream", headers, file.release)
 
 
 class Lines(Piecewise):
     """Lines of JSON as they come: no proxy shall collect them, and none keep them."""
 
-    def __init__(self, lines: Generator[bytes, None, None]) -> None:
-        super().__init__(lines, MEDIA_TYPE, {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, lines: Generator[bytes, None, None], check: Check) -> None:
+        super().__init__(lines, check, MEDIA_TYPE, {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
 
 def close(pieces: Generator[bytes, None, None], release: Callable[[], None]) -> None:
@@ -72,6 +81,21 @@ def close(pieces: Generator[bytes, None, None], release: Callable[[], None]) -> 
     pieces.close()
     with suppress(SQLAlchemyError):  # what keeps the content ends by itself
         release()
+
+
+def _checked(pieces: Generator[bytes, None, None], check: Check) -> Generator[bytes, None, None]:
+    """Yield the pieces for as long as the check passes. A database that is away ends none."""
+    due = monotonic() + _CHECKED_EVERY
+    for piece in pieces:
+        if monotonic() >= due:
+            try:
+                with suppress(SQLAlchemyError):
+                    check()
+            except ApiError as error:
+                logger.info("an answer was ended: %s", error)
+                raise
+            due = monotonic() + _CHECKED_EVERY
+        yield piece
 
 
 async def _read(pieces: Generator[bytes, None, None]) -> AsyncIterator[bytes]:

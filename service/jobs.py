@@ -84,7 +84,7 @@ class Jobs:
         `body` is the request as parsed, before defaults: the same idempotency key with another body is refused.
         """
         record = record_of(who, body, idempotency_key)
-        if (job := self._replay(record)) is not None:
+        if (job := self._replay(who, record)) is not None:
             return job, False
         return self._accept(who, spec, record, "job.submit")
 
@@ -132,7 +132,7 @@ class Jobs:
         One that was accepted before is answered whatever has become of the ended job since, and of the bucket.
         """
         record = record_of(who, {"retry": job_id}, idempotency_key)
-        if (job := self._replay(record)) is not None:
+        if (job := self._replay(who, record)) is not None:
             return job, False
         row = self._row(who, job_id)
         if row.state not in (JobState.FAILED, JobState.CANCELLED):
@@ -257,10 +257,10 @@ class Jobs:
         end = CheckpointRef.model_validate(row.history_end) if row.history_end else None
         return JobLayout(row.project, row.id), end
 
-    def _replay(self, record: IdempotencyRecord | None) -> Job | None:
+    def _replay(self, who: Principal, record: IdempotencyRecord | None) -> Job | None:
         """Return the job that the same request made before, from the database alone."""
         found = self._store.replay(record.principal, record.key) if record is not None else None
-        return None if record is None or found is None else replayed(found, record)
+        return None if record is None or found is None else self._answer(who, replayed(found, record))
 
     def _accept(
         self,
@@ -276,8 +276,8 @@ class Jobs:
             first = self._store.insert(job, NewEvent("state", "accepted", JobState.QUEUED), record, change)
         if first is not None:
             assert record is not None
-            return replayed(first, record), False
-        return answer(job), True
+            return self._answer(who, replayed(first, record)), False
+        return self._answer(who, job), True
 
     def _new_row(self, who: Principal, spec: TrainSpec | PrepareSpec, origin: CheckpointRef | None) -> JobRow:
         job_id, created = new_job_id(), now()

@@ -103,7 +103,7 @@ def known_secrets(settings: Settings, environment: Mapping[str, str]) -> set[str
     url = make_url(settings.database_url)
     found |= {url.password or "", str(url.query.get("password", "")), environment.get("PGPASSWORD", "")}
     for path in (settings.ray_token_path, settings.bootstrap_key_path):
-        with suppress(OSError):
+        with suppress(OSError, UnicodeDecodeError):
             found.add(path.read_text().strip() if path is not None else "")
     credentials = ConfigParser(interpolation=None)
     with suppress(Exception):  # the SDK itself says what is wrong with the file

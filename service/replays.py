@@ -5,10 +5,8 @@ import json
 from typing import Any
 
 from api.errors import IdempotencyMismatch
-from api.jobs import Job
-from service.answers import answer
 from service.auth import Principal
-from service.rows import IdempotencyRecord, Replay
+from service.rows import IdempotencyRecord, JobRow, Replay
 
 
 def record_of(who: Principal, body: Any, key: str | None) -> IdempotencyRecord | None:
@@ -18,10 +16,11 @@ def record_of(who: Principal, body: Any, key: str | None) -> IdempotencyRecord |
     return IdempotencyRecord(who.key_id, key, hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
 
 
-def replayed(found: Replay, record: IdempotencyRecord) -> Job:
+def replayed(found: Replay, record: IdempotencyRecord) -> JobRow:
+    """Return the job that the same request made before; IdempotencyMismatch if it was another request."""
     if found.body_sha256 != record.body_sha256:
         raise IdempotencyMismatch(
             f"the idempotency key {record.key!r} was used for another request, which made {found.job.id}; "
             "use a new key for a new job"
         )
-    return answer(found.job)
+    return found.job

@@ -16,13 +16,7 @@ def why_not_with(
     if isinstance(spec, TrainSpec) and not spec.can_run_with(workers):
         why = f"the job cannot run with {workers} workers: they must divide its {spec.micro_batches} micro-batches"
         why += " and be a power of two" if spec.determinism == "elastic" else ""
-        return f"{why}; {_nearest_sizes(spec, workers)} would do"
+        return f"{why}; {' or '.join(map(str, spec.nearest_sizes(workers, workers)))} would do"
     if (why_beyond := beyond_quota(spec, project, quotas, workers)) is not None:
         return why_beyond
     return why_never(spec, nodes, workers) if nodes is not None else None
-
-
-def _nearest_sizes(spec: TrainSpec, workers: int) -> str:
-    """Return the numbers of workers next to one with which the job cannot run."""
-    fit = [n for n in range(1, spec.micro_batches + 1) if spec.can_run_with(n)]
-    return " or ".join(str(n) for n in (*[n for n in fit if n < workers][-1:], *[n for n in fit if n > workers][:1]))

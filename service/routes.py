@@ -322,12 +322,12 @@ def delete_checkpoint(who: Who, use: UseCases, job_id: JobId, step: Step) -> Non
     tags=["runs"],
     openapi_extra=VIEWER,
 )
-def download_file(who: Who, use: UseCases, job_id: JobId, step: Step, name: ModelFile) -> Response:
+def download_file(request: Request, who: Who, use: UseCases, job_id: JobId, step: Step, name: ModelFile) -> Response:
     """Download a checkpoint, a file at a time. In one folder, they are a model that other libraries load.
 
     Weights are verified while they are sent; where they are damaged, the answer breaks off short of its length.
     """
-    return Download(use.download(who, job_id, step, name), name)
+    return Download(use.download(who, job_id, step, name), name, partial(principal, request))
 
 
 @router.get(
@@ -338,6 +338,7 @@ def download_file(who: Who, use: UseCases, job_id: JobId, step: Step, name: Mode
     openapi_extra=VIEWER,
 )
 def verify_checkpoints(
+    request: Request,
     who: Who,
     use: UseCases,
     job_id: JobId,
@@ -348,7 +349,7 @@ def verify_checkpoints(
     The verdict says of each checkpoint whether it is `well`, `damaged` (which objects are missing, short or altered,
     and which tensors of the model in them), `gone` (deleted meanwhile), or `unknown`, since the store did not answer.
     """
-    return Lines(use.verify(who, job_id, step))
+    return Lines(use.verify(who, job_id, step), partial(principal, request))
 
 
 @router.get(

@@ -107,7 +107,7 @@ class Streams:
     ) -> StreamingResponse:
         """Return the response that follows a feed until the job's end, the client's or ours.
 
-        `check` comes before each look: an ApiError of it, a key revoked for instance, ends the stream. Too many
+        `check` comes before each batch: an ApiError of it, a key revoked for instance, ends the stream. Too many
         streams are refused, with Unavailable, when the response is about to begin; too many of one holder, which is an
         API key, with RateLimited.
         """
@@ -163,9 +163,9 @@ class Streams:
         loop = asyncio.get_running_loop()
         told: str | None = None
         while not stop.done():
-            items, more = _look(feed, check), True
+            items, more = _look(feed), True
             while more and not stop.done():  # the server may stop while a batch is sent
-                taking = loop.run_in_executor(threads, copy_context().run, _take, items)
+                taking = loop.run_in_executor(threads, copy_context().run, _take, items, check)
                 either: set[asyncio.Future[Any]] = {taking, stop}
                 while not taking.done() and not stop.done():
                     yield []
@@ -194,9 +194,8 @@ class _LiveResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _look(feed: Feed, check: Callable[[], object]) -> Iterator[Message]:
+def _look(feed: Feed) -> Iterator[Message]:
     """Yield what a look gives. Damaged data are read no better the next time, so they end the stream."""
-    check()
     try:
         yield from feed.look()
     except InvalidData as error:
@@ -205,10 +204,14 @@ def _look(feed: Feed, check: Callable[[], object]) -> Iterator[Message]:
         yield Message(StreamError(detail=detail).model_dump_json(), event="error")
 
 
-def _take(items: Iterator[Message]) -> tuple[list[Message], str | None]:
-    """Return the next messages, at most _BATCH of them, and what will pass: that the database or the bucket fails."""
+def _take(items: Iterator[Message], check: Callable[[], object]) -> tuple[list[Message], str | None]:
+    """Return the next messages, at most _BATCH of them, and what will pass: that the database or the bucket fails.
+
+    One look may go on for as long as a slow client reads, so the check is not left to the next one.
+    """
     taken: list[Message] = []
     try:
+        check()
         for message in islice(items, _BATCH):
             taken.append(message)
     except (StorageError, SQLAlchemyError) as error:

@@ -57,7 +57,9 @@ class Tenants:
     def archive(self, name: str, archived: bool, by: Author) -> None:
         """Close a project, so that its keys open nothing; or open it again. Conflict while jobs of it are alive."""
         with self._writer.begin() as connection:
-            _lock(connection, name)  # no job is accepted meanwhile
+            found = _lock(connection, name)  # no job is accepted meanwhile
+            if archived == (found.archived_at is not None):
+                return
             alive = sa.select(sa.func.count()).where(
                 jobs.c.project == name, jobs.c.state.not_in([state.value for state in ENDED])
             )
@@ -84,10 +86,14 @@ class Tenants:
         here = [members.c.project == project, members.c.name == name]
         with self._writer.begin() as connection:
             _lock(connection, project)
-            if connection.execute(members.update().where(*here).values(role=role.value)).rowcount == 0:
+            before = connection.execute(sa.select(members.c.role).where(*here)).scalar_one_or_none()
+            if before is None:
                 row = {"project": project, "name": name, "role": role.value, "created_at": now()}
                 connection.execute(members.insert().values(row))
-            record(connection, by.change(project, "member.put", name, role=role.value))
+            else:
+                connection.execute(members.update().where(*here).values(role=role.value))
+            if before != role.value:
+                record(connection, by.change(project, "member.put", name, role=role.value))
             return Member.model_validate({**connection.execute(sa.select(members).where(*here)).mappings().one()})
 
     def remove_member(self, project: str, name: str, by: Author) -> None:
@@ -108,6 +114,8 @@ class Tenants:
         if project is not None:
             query = query.where(api_keys.c.project == project)
         with self._engine.begin() as connection:
+            if project is not None:
+                _project(connection, project)
             rows = connection.execute(query).mappings().all()
         return [(row["project"], ApiKey.model_validate({**row})) for row in rows]
 

@@ -101,6 +101,8 @@ def test_a_job_is_resumed_with_a_number_of_workers_until_it_is_resumed_without(s
          "4 workers: they must divide its 6 micro-batches; 3 or 6 would do"),
         ({"determinism": "elastic"}, 3,
          "3 workers: they must divide its 8 micro-batches and be a power of two; 2 or 4 would do"),
+        ({"batch": {"global_size": 2 * 8_388_593, "micro_size": 1}, "resources": {"workers": 1}}, 3,
+         "they must divide its 16777186 micro-batches; 2 would do"),  # 8388593, too, but nobody may ask for that
         ({"resources": {"cpus": 3}}, 4, "needs 4 × 3 CPU, but the whole cluster has 8 CPU"),
     ],
 )  # fmt: skip

@@ -16,17 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_model
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import ClientDisconnect
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from api.documents import CheckpointRef, Manifest, SegmentDocument, now
-from api.errors import Conflict, InvalidData, NotFound, ObjectMissing
+from api.errors import Conflict, InvalidData, NotFound, ObjectMissing, Unauthorized
 from api.jobs import ModelFile
 from api.layout import DatasetLayout, JobLayout
 from api.prepare_spec import TokenizerSpec
 from api.spec import ModelSpec
-from service import export
+from service import download, export
 from service.architectures import export_config, export_tensors, model_tensors
 from service.download import Download
 from service.export import File, find_checkpoint, held, open_file
@@ -468,9 +469,37 @@ def test_a_pin_is_let_go_of_however_the_sending_ends(store: Store, caplog: pytes
     async def receive() -> Any:
         raise AssertionError("not looked at")
 
-    answer = Download(File(2, pieces, lambda: store.unpin(pin)), "model.safetensors")
+    answer = Download(File(2, pieces, lambda: store.unpin(pin)), "model.safetensors", lambda: None)
     scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
     with caplog.at_level(logging.ERROR), suppress(ClientDisconnect):
         asyncio.run(answer(scope, receive, send))
     assert not pinned(store, now())
     assert caplog.messages == ["job x: model.safetensors of step 8 breaks off: damaged"] * (ends == "broken")
+
+
+@pytest.mark.parametrize(("fails", "ended"), [(Unauthorized("revoked"), True), (SQLAlchemyError("away"), False)])
+def test_a_long_answer_does_not_outlast_its_key_and_goes_on_without_the_database(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: Exception, ended: bool
+) -> None:
+    monkeypatch.setattr(download, "_CHECKED_EVERY", 0.0)
+    checks: list[Exception | None] = [None, fails, None]
+    sent: list[bytes] = []
+    released = []
+
+    def check() -> None:
+        if (error := checks.pop(0)) is not None:
+            raise error
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    async def receive() -> Any:
+        raise AssertionError("not looked at")
+
+    pieces = (bytes([n]) for n in b"abc")
+    answer = Download(File(3, pieces, lambda: released.append(True)), "model.safetensors", check)
+    with caplog.at_level(logging.INFO):
+        asyncio.run(answer({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send))
+    assert b"".join(sent) == (b"a" if ended else b"abc")
+    assert caplog.messages == ["an answer was ended: revoked"] * ended
+    assert released == [True]

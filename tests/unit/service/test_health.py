@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fastapi import Response
 
-from api.errors import Unauthorized
+from api.errors import LockstepError, Unauthorized
 from api.tenants import Role
 from service import health
 from service.app import create_app
@@ -65,6 +65,16 @@ def test_a_bootstrap_key_that_was_ended_stays_ended_and_stops_nothing(
     assert f"the bootstrap key in {key_file} was revoked, so it opens nothing" in lines.written[-1]
     with pytest.raises(Unauthorized):
         authenticate(service.tenants, "Bearer lk_secret")
+
+
+@pytest.mark.parametrize(("content", "says"), [(" \n", "is empty; put an API key into it"), (None, "cannot be read")])
+def test_a_bootstrap_key_that_cannot_be_had_makes_no_other_one(
+    service: Service, key_file: Path, content: str | None, says: str
+) -> None:
+    key_file.unlink() if content is None else key_file.write_text(content)
+    with pytest.raises(LockstepError, match=says):
+        ensure_key(service.tenants, key_file)
+    assert [key.name for _, key in service.tenants.keys("default")] == ["test"]
 
 
 @pytest.mark.database

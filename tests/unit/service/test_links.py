@@ -12,7 +12,7 @@ from service.jobs import Jobs
 from service.links import links
 from service.settings import Settings
 from tests.fakes import ACCEPTED, job_id, row, settings_for
-from tests.unit.service.in_process import Service
+from tests.unit.service.in_process import BODY, Service
 
 RAY, GRAFANA = "https://ray.example", "http://example/grafana/"
 
@@ -54,7 +54,7 @@ def test_an_address_that_is_none_of_the_web_is_refused(tmp_path: Path, address: 
         settings_for(tmp_path, grafana_url=address)
 
 
-def test_both_the_job_and_the_list_have_them(service: Service, settings: Settings) -> None:
+def test_every_answer_about_a_job_has_them(service: Service, settings: Settings) -> None:
     service.store.insert(row(1, attempt=1), ACCEPTED, None)
     jobs = Jobs(service.store, service.bucket, service.ray.backend(), settings)
     service.app.state.jobs = jobs
@@ -64,6 +64,9 @@ def test_both_the_job_and_the_list_have_them(service: Service, settings: Setting
     one, listed = service.client.get(f"/v1/jobs/{job_id(1)}").json(), service.client.get("/v1/jobs").json()
     assert one["links"]["ray"] == f"{RAY}/#/jobs/{job_id(1)}-1"
     assert listed["items"][0]["links"] == one["links"]
+    new, again = service.post(BODY, "once").json(), service.post(BODY, "once").json()
+    assert new["links"]["grafana"].endswith(new["id"])
+    assert again["links"] == new["links"]
 
 
 def test_no_key_that_a_tenant_makes_is_an_operators(service: Service) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.documents import CheckpointRef
-from api.errors import InvalidData, NotFound, StorageUnavailable, Unavailable
+from api.errors import InvalidData, NotFound, StorageUnavailable, Unauthorized, Unavailable
 from api.jobs import Event, LogLine, MetricPoint, Rewind, StreamEnd, StreamError
 from api.sse import Message as Received
 from api.sse import Parser
@@ -491,6 +491,22 @@ def test_a_key_that_was_revoked_or_a_job_that_was_deleted_ends_the_stream(refuse
     asyncio.run(connection.read(Streams(0, 3600).answer(Script([item(1)], [item(2)], last), check)))
     assert [message.id for message in connection.messages] == ["1", "2"]
     assert {message.event for message in connection.messages} == {"message"}
+
+
+@pytest.mark.timeout(30)
+def test_a_key_that_was_revoked_ends_the_stream_in_the_middle_of_a_long_look() -> None:
+    checks = 0
+
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks == 2:
+            raise Unauthorized("revoked")
+
+    connection = Connection()
+    backlog = [*map(item, range(2000)), END]
+    asyncio.run(connection.read(Streams(0, 3600).answer(Script(backlog), check)))
+    assert len(connection.messages) == 500
 
 
 @pytest.mark.timeout(30)

@@ -169,6 +169,16 @@ def test_no_host_header_makes_a_route_one_that_needs_no_key(service: Service, ho
                 assert answer.status_code in ((401,) if not prefix else (401, 404)), (method, prefix, path)
 
 
+def test_no_answer_sends_anybody_to_where_the_host_header_says(service: Service) -> None:
+    app = make_api(262_144)
+    app.state = service.app.state
+    stranger = TestClient(app, follow_redirects=False)
+    for method, path in every_route(service):
+        answer = stranger.request(method, f"{path}/", headers={"Host": "evil.example"})
+        problem(answer, 404, "not-found")
+        assert "location" not in answer.headers
+
+
 def test_nothing_is_decided_by_a_url_that_the_host_header_is_a_part_of() -> None:
     sources = {path: path.read_text() for path in Path(service_package.__file__ or "").parent.glob("**/*.py")}
     assert len(sources) > 40

@@ -91,17 +91,18 @@ def test_no_secret_is_in_a_line_wherever_it_came_from(logger: logging.Logger, fo
 
 def test_the_secrets_that_are_known_are_those_of_ray_the_bucket_and_the_database(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("token-of-ray\n")
+    (tmp_path / "binary").write_bytes(b"\xff")
     (tmp_path / "aws").write_text("[default]\naws_access_key_id = id\naws_secret_access_key = in%a-file\n")
     settings = settings_for(
         tmp_path,
         database_url="postgresql://lockstep:pass%40word@db/lockstep",
         ray_token_path=tmp_path / "token",
-        bootstrap_key_path=tmp_path / "absent",
+        bootstrap_key_path=tmp_path / "binary",
     )
     environment = {"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "aws"), "AWS_SECRET_ACCESS_KEY": "in-variable"}
     found = known_secrets(settings, environment)
     assert found - {""} == {"token-of-ray", "in%a-file", "in-variable", "pass@word"}
-    assert known_secrets(settings_for(tmp_path), {}) == {""}
+    assert known_secrets(settings_for(tmp_path, ray_token_path=tmp_path / "absent"), {}) == {""}
 
 
 def test_each_request_is_one_line_with_the_id_that_the_caller_gets(service: Service, lines: Lines) -> None:

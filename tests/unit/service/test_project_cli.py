@@ -71,6 +71,26 @@ def test_a_duration_that_is_none_is_refused_before_anything_is_made(service: Ser
     assert len(service.tenants.keys()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("project create-key laptop --expires-in 1s", "$.expires_in: input should be greater than or equal to 60"),
+        ("project create-key laptop --member a/b", "$.member: "),
+        (f"project create-key {'x' * 65}", "$.name: "),
+        ("project set-role a/b viewer", "nothing at this path"),
+        ("project set-role -- -a viewer", "$.path.member: "),
+        ("project revoke-key key-1", "$.path.key_id: "),
+    ],
+)
+def test_what_is_given_wrong_is_a_sentence_and_no_traceback(
+    service: Service, lockstep: Run, words: str, says: str
+) -> None:
+    refused = lockstep(words, code=2)
+    assert says in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert len(service.tenants.keys()) == 1
+
+
 def test_a_role_that_is_too_low_is_a_sentence(service: Service) -> None:
     viewer = create_key(service.tenants, KeyRequest(name="v", role=Role.VIEWER))
     service.store.insert(row(1), ACCEPTED, None)

@@ -2,14 +2,17 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from api.tenants import Quotas, Role
+from api.documents import now
+from api.tenants import KeyRequest, Quotas, Role
 from service.audit import OPERATOR
+from service.auth import create_key
 from service.cli import app
 from service.database import make_engine
 from service.tenants import Tenants
@@ -56,6 +59,28 @@ def test_what_is_refused_or_asked_twice_is_no_change(service: Service) -> None:
     service.post(BODY, key="once")
     service.post(BODY, key="once")
     assert [entry["action"] for entry in audit(service)] == ["job.submit"]
+
+
+def test_what_is_so_already_is_no_change(service: Service) -> None:
+    for role in ("viewer", "viewer", "admin", "admin"):
+        assert service.client.put("/v1/project/members/ada", json={"role": role}).json()["role"] == role
+    assert [entry["details"] for entry in audit(service)] == [{"role": "viewer"}, {"role": "admin"}]
+    service.tenants.archive("another", True, OPERATOR)
+    since = service.tenants.project("another").archived_at
+    service.tenants.archive("another", True, OPERATOR)
+    assert service.tenants.project("another").archived_at == since
+    for _ in range(2):
+        service.tenants.archive("another", False, OPERATOR)
+    log = service.tenants.audit("another", 9, None)
+    assert [entry.action for entry in log] == ["project.restore", "project.archive"]
+
+
+def test_a_key_that_has_expired_is_listed_so(operator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator("keys create --name ci --expires-in 1h")
+    assert "  expires 20" in operator("keys list")
+    later = now() + timedelta(hours=1)
+    monkeypatch.setattr("service.cli_tenants.now", lambda: later)
+    assert "  expired 20" in operator("keys list")
 
 
 def test_keys_and_members_over_rest(service: Service) -> None:
@@ -166,6 +191,7 @@ def test_an_operator_sets_up_a_project_from_nothing(operator: Any) -> None:
         ("members add a/b --role viewer", "not allowed"),
         ("members remove ada", "no member ada"),
         ("members list --project nowhere", "no project nowhere"),
+        ("keys list --project nowhere", "no project nowhere"),
         ("keys create --name k --project nowhere", "no project nowhere"),
         ("keys create --name k --member ada", "not a member"),
         ("keys create --name k --expires-in soon", "no duration"),
@@ -177,6 +203,38 @@ def test_what_an_operator_gets_wrong_is_one_line(operator: Any, words: str, says
     output = operator(words, code=1)
     assert says in output
     assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (
+            "LOCKSTEP_DATABASE_URL",
+            "sqlite:////nowhere/at/all.db",
+            "LOCKSTEP_DATABASE_URL: unable to open database file",
+        ),
+        ("LOCKSTEP_DATABASE_URL", "mysql://u:canary@db/x", "set LOCKSTEP_DATABASE_URL to sqlite"),
+        ("LOCKSTEP_STORAGE", "", "set LOCKSTEP_STORAGE to s3://"),
+        ("LOCKSTEP_METRICS_PORT", "8700", "must be another port"),
+    ],
+)
+def test_what_is_configured_wrong_is_one_line(
+    operator: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    output = operator("keys list", code=1)
+    assert says in output
+    assert output.count("\n") == 1
+    assert "canary" not in output
+
+
+def test_what_a_tenant_calls_a_key_does_nothing_to_an_operators_terminal(operator: Any, tmp_path: Path) -> None:
+    engine = make_engine(f"sqlite:///{tmp_path / 'lockstep.db'}")
+    create_key(Tenants(engine), KeyRequest(name="a\x9b2J\u202eb\u2028c"))
+    engine.dispose()
+    listed = operator("keys list")
+    assert listed.removesuffix("\n").isprintable()
+    assert listed.endswith("a\N{REPLACEMENT CHARACTER}2J\N{REPLACEMENT CHARACTER}b c\n")
 
 
 def test_what_an_operator_changes_is_in_the_log(operator: Any, tmp_path: Path) -> None:

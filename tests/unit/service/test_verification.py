@@ -579,7 +579,7 @@ def test_the_pin_is_let_go_of_when_nobody_listens_any_more(verified: Verified, t
 
     with suppress(ClientDisconnect):
         scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
-        asyncio.run(Lines(verified.jobs.verify(ME, JOB.id, None))(scope, receive, send))
+        asyncio.run(Lines(verified.jobs.verify(ME, JOB.id, None), lambda: None)(scope, receive, send))
     assert len(sent) == taken + 1
     assert verified.pinned() == set()
 
