@@ -72,7 +72,7 @@ class Outcome:
 def rebuild(store: Store, bucket: Bucket, at: datetime, say: Callable[[str], None]) -> Outcome:
     """Bring the database up to what the bucket tells, as of now, which is `at`; `say` hears how far it is."""
     rows = {row.id: row for row in store.everything()}
-    layouts = sorted(job_layouts(bucket), key=lambda layout: layout.job_id)  # what others begin at comes first
+    layouts = sorted(job_layouts(bucket), key=lambda layout: layout.job_id)
     if not layouts and any(row.attempt and row.purged_at is None for row in rows.values()):
         raise WrongBucket(f"{bucket.url} has none of the jobs in the database; check LOCKSTEP_STORAGE")
     say(f"{len(layouts)} jobs in {bucket.url}, {len(rows)} in the database")
@@ -83,6 +83,7 @@ def rebuild(store: Store, bucket: Bucket, at: datetime, say: Callable[[str], Non
             if count % _SAY_EVERY == 0:
                 say(f"{count} of {len(layouts)} jobs read")
     _end_gone(store, rows, {layout.job_id for layout in layouts} - set(outcome.half_deleted), at, outcome)
+    store.pin_origins()  # at last, whichever of two jobs came first, in this rebuild or in one before it
     return outcome
 
 

@@ -219,6 +219,22 @@ def test_what_a_live_fork_begins_at_is_pinned_again(world: World, tmp_path: Path
     assert world.store.pinned(job_id(1), world.now) == set()
 
 
+def test_what_a_live_fork_begins_at_is_pinned_once_the_job_that_wrote_it_is_mended(
+    world: World, tmp_path: Path
+) -> None:
+    segment = world.running(1)
+    at = world.checkpoint(segment, 4)
+    finish(world, segment)
+    world.add(2, at)
+    world.begin(2)
+    document = world.bucket.get(world.layout(1).job)
+    world.bucket.put(world.layout(1).job, b"{")
+    assert list(lose(world, tmp_path / "new").damaged) == [job_id(1)]
+    world.bucket.put(world.layout(1).job, document)
+    assert [job.id for job in again(world).rebuilt] == [job_id(1)]
+    assert world.store.pinned(job_id(1), world.now) == {CheckpointRef(segment=segment, step=4)}
+
+
 def test_a_checkpoint_that_was_deleted_before_is_not_missed_by_a_verification(world: World, tmp_path: Path) -> None:
     trained(world)
     del world.bucket.content[world.layout().segment("1-0-x").checkpoint(4).manifest]
