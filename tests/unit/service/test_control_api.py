@@ -142,6 +142,21 @@ def test_a_body_that_is_not_understood_asks_for_nothing(service: Service, what: 
     assert (stored(service).cancel_requested, stored(service).pause_requested) == (0, 1)
 
 
+def test_a_cancel_that_finds_the_job_just_cancelled_is_harmless(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(service, state="running")
+    ask = service.store.request_cancel
+
+    def late(*given: Any) -> bool:
+        assert service.store.apply(stored(service), {"state": "cancelled"}) is not None
+        return ask(*given)
+
+    monkeypatch.setattr(service.store, "request_cancel", late)
+    answer = service.ask(1, "cancel")
+    assert (answer.status_code, answer.json()["state"]) == (202, "cancelled")
+
+
 @pytest.mark.parametrize(("body", "kept"), [(None, 0), ({}, 0), ({"keep_checkpoint": False}, 0),
     ({"keep_checkpoint": True}, 1)])  # fmt: skip
 def test_a_cancel_says_whether_a_checkpoint_is_kept_and_the_first_one_counts(
