@@ -27,6 +27,7 @@ from api.layout import JobLayout
 from api.names import submission_id
 from api.spec import PrepareSpec, TrainSpec
 from api.storage import Bucket
+from service.database import REFUSED
 from service.failpoints import failpoint
 from service.leases import LINE, Leases
 from service.lifecycle import (
@@ -122,6 +123,8 @@ class Reconciler:
             try:
                 if self._is_present(job):
                     self.reconcile(job, cluster, turn)
+            except REFUSED:
+                logger.exception("a bug: the database does not take that; the next pass tries again")
             except SQLAlchemyError:
                 raise
             except (LockstepError, ValueError) as error:
@@ -156,7 +159,8 @@ class Reconciler:
                     changes["started_at"] = now()
                 if JobState.PAUSED in (state, job.state):
                     self._note_hold(job, paused=state is JobState.PAUSED)
-                self._enter(job, state, message, changes)
+                if self._enter(job, state, message, changes) is None and state is JobState.PAUSED:
+                    self._correct_final(job)
             case TellStop(control):
                 self._tell(job, control)
             case StopRay():
@@ -233,10 +237,16 @@ class Reconciler:
         self._bucket.put_document(layout.control(job.attempt), control)
 
     def _note_hold(self, job: JobRow, paused: bool) -> None:
-        """Before the state: a rebuild of the database must neither start what is paused nor forget what is resumed."""
+        """Before the state: a rebuild of the database must neither start what is paused nor forget what is resumed.
+
+        An end that was written down, and then dropped because a user had just asked for the pause, is none.
+        """
         if job.attempt:
+            layout = JobLayout(job.project, job.id)
             hold = HoldDocument(attempt=job.attempt, paused=paused, workers=job.workers_wanted, created_at=now())
-            self._bucket.put_document(JobLayout(job.project, job.id).hold, hold)
+            self._bucket.put_document(layout.hold, hold)
+            if paused:
+                self._bucket.delete([layout.final])
 
     def _recover(self, job: JobRow, seen: Observation, lost: Recover) -> None:
         """Give the attempt up. Should it still live somewhere, its control object tells it that it is superseded."""
@@ -273,7 +283,7 @@ class Reconciler:
         self._standstill.forget(job.id)
 
     def _correct_final(self, job: JobRow) -> None:
-        """Another control plane was faster. If that ended the job, the bucket shall tell its end and not ours."""
+        """Another control plane was faster. If that ended the job, the bucket shall tell its end and nothing else."""
         present = self._store.get(job.id, job.project)
         if present is not None and JobState(present.state).ended:
             self._bucket.put_document(JobLayout(job.project, job.id).final, final_document(present))

@@ -194,6 +194,26 @@ def test_to_rebuild_again_or_what_is_whole_changes_nothing(world: World, tmp_pat
     assert (world.store.everything(), world.events(1)) == (after, events)
 
 
+def test_an_end_that_a_pause_came_before_is_none_once_the_job_goes_on(world: World) -> None:
+    """The bucket was told of the end, and then the row had changed: it is not the one that has ended."""
+    world.running()
+    world.die(Reason.INVALID_DATA)
+
+    def pause(effect: str) -> None:
+        if effect == f"before put {world.layout().final}":
+            world.store.request_pause(job_id(1))
+
+    world.bucket.hook = pause
+    world.passes(4)
+    assert world.job().state == "paused"
+    assert again(world) == Outcome()
+    assert world.store.request_resume(job_id(1), None, world.now)
+    world.passes()
+    world.begin()
+    assert again(world) == Outcome()
+    assert (world.job().state, world.job().attempt) == ("running", 2)
+
+
 def test_jobs_of_every_project_come_back(world: World, tmp_path: Path) -> None:
     world.running(1)
     for key, body in list(world.bucket.content.items()):

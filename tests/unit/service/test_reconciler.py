@@ -1,12 +1,14 @@
 """The reconciler against a real store, a Ray and a bucket in memory: crashes, lost replies, restarts, cancels."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import DataError
 
 from api.documents import (
     AttemptDocument,
@@ -130,6 +132,23 @@ def test_a_slow_control_plane_does_not_overwrite_the_end_that_another_has_record
     assert world.job() == ended
     final = world.bucket.get_document(world.layout().final, FinalDocument)
     assert (final.state, final.reason, final.created_at) == (ended.state, ended.reason, ended.ended_at)
+
+
+def test_a_slow_control_plane_that_would_pause_takes_no_end_away(world: World) -> None:
+    """While it looked, another one has ended the job."""
+    world.running()
+    world.store.request_pause(job_id(1))
+    world.passes(2)
+    world.obey()
+    stale = world.job()
+    world.store.request_cancel(job_id(1))
+    world.passes(4)
+    ended = world.job()
+    assert ended.state == "cancelled"
+    world.bucket.put_document(world.layout().control(1), ControlDocument(wish="pause", reason=Reason.USER_PAUSED))
+    world.reconciler.reconcile(stale, observe_cluster(world.ray.backend()), Turn())
+    assert world.job() == ended
+    assert world.bucket.get_document(world.layout().final, FinalDocument).state == "cancelled"
 
 
 @pytest.mark.parametrize("place", ["after_intent", "after_attempt_record", "after_submit"])
@@ -431,6 +450,16 @@ def test_progress_and_the_workers_events_are_mirrored_once_each_over_restarts(wo
     assert [e for e in world.events() if e[0] == "checkpoint"] == [("checkpoint", "step 2"), ("checkpoint", "step 3")]
 
 
+def test_an_event_that_no_database_would_take_does_not_keep_a_job_from_its_end(world: World) -> None:
+    segment = world.running()
+    line = {"type": "event", "step": 1, "at": T0.isoformat(), "event": "x" * 33}
+    world.bucket.put(world.layout().segment(segment).stream + "000000.jsonl", json.dumps(line).encode() + b"\n")
+    world.result(segment, "succeeded", Reason.COMPLETED)
+    world.ray.jobs[world.submission()] = "SUCCEEDED"
+    world.passes(2)
+    assert (world.job().state, world.job().progress["step"]) == ("succeeded", 0)
+
+
 def test_a_damaged_stream_does_not_keep_a_job_from_its_end(world: World) -> None:
     segment = world.running()
     world.bucket.put(chunk(world.layout().segment(segment).stream, 0, "jsonl"), b"{torn\n")
@@ -440,13 +469,16 @@ def test_a_damaged_stream_does_not_keep_a_job_from_its_end(world: World) -> None
     assert world.job().state == "succeeded"
 
 
-def test_the_trouble_of_one_job_stops_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trouble", [KeyError("a bug"), DataError("INSERT", {}, Exception("value too long"))])
+def test_the_trouble_of_one_job_stops_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
     for number in (1, 2):
         world.add(number)
 
     def observe(job: JobRow, *rest: Any) -> Any:
         if job.id == job_id(1):
-            raise KeyError("a bug")
+            raise trouble
         return observer.observe(job, *rest)
 
     monkeypatch.setattr(reconciler_module, "observe", observe)
