@@ -177,22 +177,35 @@ def _seconds(text: str | None) -> int | None:
 
 
 @contextmanager
+def told() -> Iterator[None]:
+    """Tell an error of ours, or that the database does not answer, in one sentence; the exit code is 1."""
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        yield
+    except LockstepError as error:
+        _give_up(str(error))
+    except OperationalError as error:
+        why = " ".join(str(error.orig).split())
+        _give_up(f"the database does not answer; check LOCKSTEP_DATABASE_URL: {why}")
+
+
+@contextmanager
 def _tenants() -> "Iterator[tuple[Tenants, Author]]":
-    """Open the database; an error of ours is one line and exit code 1."""
+    """Open the database."""
     from service.audit import OPERATOR
     from service.database import make_engine, migrate
     from service.settings import Settings
     from service.tenants import Tenants
 
     url = Settings().database_url
-    migrate(url)
-    engine = make_engine(url)
-    try:
-        yield Tenants(engine), OPERATOR
-    except LockstepError as error:
-        _give_up(str(error))
-    finally:
-        engine.dispose()
+    with told():
+        migrate(url)
+        engine = make_engine(url)
+        try:
+            yield Tenants(engine), OPERATOR
+        finally:
+            engine.dispose()
 
 
 def _give_up(why: str) -> NoReturn:

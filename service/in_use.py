@@ -52,7 +52,11 @@ def _locked(database_url: str, otherwise: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    with open(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)) as file:
+    try:
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise LockstepError(f"{path}.lock cannot be opened: {error.strerror}; check LOCKSTEP_DATABASE_URL") from error
+    with open(lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
