@@ -113,6 +113,8 @@ class Reconciler:
                 if lease_of(job) in ours:
                     self._reconcile_safely(job, cluster, turns.get(job.id, Turn()))
         for job in deleted:
+            if self.loop.stopping:
+                return
             if job.id in ours:
                 with about(job=job.id):
                     self._purge(job)
@@ -341,7 +343,7 @@ class Reconciler:
 
 def view(job: JobRow) -> JobView:
     """Return what `decide` needs of a row."""
-    spec = job.parsed_spec
+    spec = job.known_spec
     deadline: datetime | None = None
     if spec.deadline is not None:
         deadline = job.created_at + timedelta(seconds=spec.deadline)

@@ -297,3 +297,15 @@ def test_an_answer_tells_the_size_of_the_present_attempt(service: Service) -> No
     put(service, 1, "running", workers=4)
     put(service, 2)
     assert [service.client.get(f"/v1/jobs/{job_id(n)}").json()["workers"] for n in (1, 2)] == [4, None]
+
+
+def test_jobs_of_a_newer_release_are_shown_as_far_as_they_are_known(service: Service) -> None:
+    """As after a release was taken back, or while replicas of both work side by side."""
+    for number, state in ((1, "running"), (2, "queued")):
+        put(service, number, state)
+        known = stored(service, number)
+        assert service.store.apply(known, {"spec": {**known.spec, "of_tomorrow": 1}}) is not None
+    put(service, 3)
+    assert service.client.get(f"/v1/jobs/{job_id(1)}").json()["spec"] == known.spec
+    assert [job["id"] for job in service.client.get("/v1/jobs").json()["items"]] == [job_id(n) for n in (3, 2, 1)]
+    assert [job["job_id"] for job in service.client.get("/v1/queue").json()["items"]] == [job_id(2), job_id(3)]

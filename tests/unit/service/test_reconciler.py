@@ -27,7 +27,7 @@ from service.lifecycle import Observation, RayStatus, Turn
 from service.observer import observe, observe_cluster
 from service.rows import JobRow
 from service.standstill import Standstill
-from tests.fakes import T0, Crash, World, job_id, row, train_spec
+from tests.fakes import ACCEPTED, T0, Crash, World, job_id, row, train_spec
 
 pytestmark = pytest.mark.database
 
@@ -425,6 +425,15 @@ def test_the_objects_of_a_deleted_job_are_deleted_once_the_bucket_answers(world:
         "default/datasets/words/v1/dataset.json", "default/jobs/job-another/job.json"]  # fmt: skip
 
 
+def test_a_control_plane_that_is_told_to_stop_begins_no_further_purge(world: World) -> None:
+    for number in (1, 2):
+        world.store.insert(row(number, state="failed", deleted_at=T0), ACCEPTED, None)
+        world.bucket.put(world.layout(number).job, b"{}")
+    world.bucket.hook = lambda effect: world.reconciler.loop.stop()
+    world.passes()
+    assert [job.id for job in world.store.to_purge()] == [job_id(2)]
+
+
 def test_progress_and_the_workers_events_are_mirrored_once_each_over_restarts(world: World) -> None:
     def metrics(step: int) -> StreamLine:
         return StreamLine(type="metrics", step=step, at=T0, values={"loss": float(step), "seconds_per_step": 2.0})
@@ -484,6 +493,23 @@ def test_the_trouble_of_one_job_stops_no_other(
     monkeypatch.setattr(reconciler_module, "observe", observe)
     world.passes()
     assert [world.job(n).state for n in (1, 2)] == ["queued", "starting"]
+
+
+def test_a_job_of_a_newer_release_is_watched_and_can_be_ended_but_is_not_begun(world: World) -> None:
+    """As after a release was taken back: what we do not know of its spec would be left out."""
+    world.running(1)
+    world.add(2)
+    for number in (1, 2):
+        job = world.job(number)
+        assert world.store.apply(job, {"spec": {**job.spec, "of_tomorrow": 1}}) is not None
+    world.passes(3)
+    assert [world.job(n).state for n in (1, 2)] == ["running", "queued"]
+    for number in (1, 2):
+        world.store.request_cancel(job_id(number))
+    world.passes(2)
+    world.obey()
+    world.passes(2)
+    assert [world.job(n).state for n in (1, 2)] == ["cancelled", "cancelled"]
 
 
 def test_a_view_has_the_deadline_counted_from_acceptance() -> None:
