@@ -27,6 +27,7 @@ from api.layout import JobLayout, SegmentId
 from api.names import JOB_ID
 from api.storage import Bucket, DocumentT
 from service.audit import OPERATOR
+from service.database import REFUSED
 from service.progress import read_progress
 from service.remains import Remains, newer, rebuilt
 from service.rows import JobRow, NewEvent
@@ -79,7 +80,12 @@ def rebuild(store: Store, bucket: Bucket, at: datetime, say: Callable[[str], Non
     outcome = Outcome()
     with ThreadPoolExecutor(_READERS, "rebuild") as readers:
         for count, found in enumerate(readers.map(lambda layout: look(bucket, layout), layouts), 1):
-            _take(store, bucket, found, rows.get(found.id), at, outcome)
+            try:
+                _take(store, bucket, found, rows.get(found.id), at, outcome)
+            except (*REFUSED, OverflowError) as error:  # SQLite's driver has that for a number beyond all bounds
+                outcome.damaged[found.id] = (
+                    f"the database does not take what is told of it: {getattr(error, 'orig', error)}"
+                )
             if count % _SAY_EVERY == 0:
                 say(f"{count} of {len(layouts)} jobs read")
     _end_gone(store, rows, {layout.job_id for layout in layouts} - set(outcome.half_deleted), at, outcome)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api.documents import CheckpointRef, StreamLine
+from api.documents import CheckpointRef, ControlDocument, StreamLine
 from api.errors import StorageUnavailable
 from api.jobs import Reason
 from api.layout import JobLayout
@@ -179,6 +179,14 @@ def test_what_is_damaged_is_named_and_the_rest_is_rebuilt(world: World, tmp_path
     said = summary(outcome)
     assert said[-1] == "rebuilt 2, renewed 0, damaged 4 (2 running)"
     assert [words.split()[0] for words in said[:-1]] == sorted(outcome.damaged)
+
+
+def test_what_the_database_does_not_take_is_damaged_and_the_rest_is_rebuilt(world: World, tmp_path: Path) -> None:
+    for number in (1, 2):
+        world.running(number)
+    world.bucket.put_document(world.layout(1).control(10**20), ControlDocument())
+    assert list(lose(world, tmp_path / "new").damaged) == [job_id(1)]
+    assert [job.id for job in world.store.everything()] == [job_id(2)]
 
 
 def test_to_rebuild_again_or_what_is_whole_changes_nothing(world: World, tmp_path: Path) -> None:
