@@ -55,7 +55,7 @@ class Leases:
             ours = share_of(wanted, held, self.holder, max(replicas, 1))
             taken = self._take(connection, ours, now)
             self._drop(connection, keep=taken)
-            connection.execute(leases.delete().where(leases.c.expires_at < now - _LONG_AGO))
+            connection.execute(leases.delete().where(_at_rest(leases.c.expires_at < now - _LONG_AGO)))
         return taken
 
     def renewed(self, names: Collection[str]) -> Collection[str]:
@@ -66,7 +66,7 @@ class Leases:
         self._renewed_at = monotonic()
         ours = sa.and_(leases.c.holder == self.holder, leases.c.name.in_([*names, _REPLICA + self.holder]))
         later = sa.func.now() + sa.bindparam("term", self._term, sa.Interval)
-        renew = leases.update().where(ours).values(expires_at=later).returning(leases.c.name)
+        renew = leases.update().where(_at_rest(ours)).values(expires_at=later).returning(leases.c.name)
         with self._engine.begin() as connection:
             return set(connection.execute(renew).scalars()) & set(names)
 
@@ -86,7 +86,7 @@ class Leases:
         """Let go of everything, so that others need not wait."""
         if not self._alone:
             with self._engine.begin() as connection:
-                connection.execute(leases.delete().where(leases.c.holder == self.holder))
+                connection.execute(leases.delete().where(_at_rest(leases.c.holder == self.holder)))
 
     def _take(
         self, connection: sa.Connection, names: Sequence[str], now: datetime, term: timedelta | None = None
@@ -109,7 +109,13 @@ class Leases:
     def _drop(self, connection: sa.Connection, keep: Collection[str]) -> None:
         """Let go of our leases on jobs that are not to be kept."""
         ours = sa.and_(leases.c.holder == self.holder, leases.c.name.startswith("job-"))
-        connection.execute(leases.delete().where(ours, leases.c.name.not_in(keep)))
+        connection.execute(leases.delete().where(_at_rest(ours, leases.c.name.not_in(keep))))
+
+
+def _at_rest(*where: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    """Choose leases, but none that another control plane is just taking or giving up: who waited for that, holding
+    what the other one waits for, would wait for ever."""
+    return leases.c.name.in_(sa.select(leases.c.name).where(*where).with_for_update(skip_locked=True))
 
 
 def share_of(wanted: Collection[str], held: dict[str, str], holder: str, replicas: int) -> list[str]:
