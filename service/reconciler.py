@@ -206,8 +206,11 @@ class Reconciler:
         """Write the attempt down in the bucket, then post it. A failed post decides nothing: the next pass looks.
 
         This is the one act that no guarded update goes before. So who is late must not call back what another control
-        plane has told the attempt meanwhile, and looks once more whether it is still wanted.
+        plane has told the attempt meanwhile, and looks whether it is still wanted: before anything is written, so that
+        nothing comes back of a job that was deleted, and once more before it is posted.
         """
+        if not self._is_present(job):
+            return
         layout = JobLayout(job.project, job.id)
         spec = job.parsed_spec
         assert job.ray_session is not None

@@ -85,8 +85,10 @@ def test_a_slow_control_plane_starts_no_attempt_that_another_has_ended(world: Wo
     world.passes(3)
     assert world.job().state == "cancelled"
     world.reconciler.reconcile(stale, observe_cluster(world.ray.backend()), Turn())  # it sees what was told
+    written = dict(world.bucket.content)
     world.reconciler._submit(stale, seen)  # it had looked before that
     assert world.ray.posts == []
+    assert world.bucket.content == written
 
 
 def test_what_an_attempt_was_told_is_not_called_back(world: World) -> None:
