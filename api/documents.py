@@ -258,7 +258,7 @@ class StreamLine(Document):
     type: Literal["metrics", "event"]
     step: int
     at: datetime
-    event: str = ""
+    event: str = Field(default="", max_length=32)
     """For events: `evaluation`, `checkpoint`, `fallback`, `fingerprint`, `progress`."""
     message: str = ""
     values: dict[str, Any] = Field(default_factory=dict)

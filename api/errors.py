@@ -160,7 +160,7 @@ class RateLimited(ApiError):
 
 
 class Unavailable(ApiError):
-    """503: something that this request needs does not answer; nothing was changed."""
+    """503: something that this request needs does not answer."""
 
     status, name, title = 503, "unavailable", "Try again later"
 

@@ -20,7 +20,7 @@ def answer(row: JobRow) -> Job:
         conditions=[Condition.model_validate(c) for c in row.conditions],
         progress=Progress.model_validate(row.progress),
         result=row.result,
-        spec=row.parsed_spec,
+        spec=row.known_spec,
         dataset_version=row.dataset_version,
         init=Origin.model_validate(row.init) if row.init else None,
         created_at=row.created_at,

@@ -70,6 +70,10 @@ def restore(
     """
     target = _embedded(database_url)
     contents = check(backup_file)
+    if contents.revision not in known_revisions():
+        raise BackupError(
+            f"{backup_file} is of schema {contents.revision}, which this version does not know; use the newer one"
+        )
     say(f"{backup_file}: sound, {contents.jobs} jobs, schema {contents.revision}")
     with alone(database_url), _beside(target) as temporary:
         try:
@@ -84,7 +88,7 @@ def restore(
 
 
 def check(file: Path) -> Contents:
-    """Return what a database file holds; BackupError unless it is a sound one of ours, of a schema that we know."""
+    """Return what a database file holds; BackupError unless it is a sound one of ours, of whatever schema."""
     if not file.is_file():
         raise BackupError(f"there is no file {file}")
     try:
@@ -97,8 +101,6 @@ def check(file: Path) -> Contents:
         raise BackupError(f"{file} is not a database of ours, or damaged: {error}") from error
     if trouble:
         raise BackupError(f"{file} is damaged: {'; '.join(trouble[:5])}")
-    if revision not in known_revisions():
-        raise BackupError(f"{file} is of schema {revision}, which this version does not know; use the newer one")
     return Contents(revision, jobs)
 
 

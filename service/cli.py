@@ -3,14 +3,13 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli_tenants import keys, members, projects
+from service.cli_tenants import keys, members, projects, told
 
 if TYPE_CHECKING:
     from service.rebuild import Outcome
@@ -74,7 +73,7 @@ def serve(
     logs.configure(settings, os.environ)
     if rebuild:
         _show(_rebuild())  # what is damaged is named in the log, and keeps nobody else waiting
-    with _told(), serving(settings.database_url):
+    with told(), serving(settings.database_url):
         server = Server(create_app(settings), settings)
         try:
             with suppress(KeyboardInterrupt):
@@ -93,7 +92,8 @@ def migrate() -> None:
     from service.database import migrate as migrate_database
     from service.settings import Settings
 
-    migrate_database(Settings().database_url)
+    with told():
+        migrate_database(Settings().database_url)
 
 
 @app.command()
@@ -105,7 +105,7 @@ def backup(
     from service.backup import backup as save
     from service.settings import Settings
 
-    with _told():
+    with told():
         contents = save(Settings().database_url, file, force)
     print(f"{file}: {contents.jobs} jobs, schema {contents.revision}; it holds hashes of API keys, so keep it private")
 
@@ -124,7 +124,7 @@ def restore(
     from service.settings import Settings
 
     settings = Settings()
-    with _told():
+    with told():
         store = Bucket(settings.storage) if bucket else None
         aside, outcome = put_back(settings.database_url, file, store, now(), _say)
     if aside is not None:
@@ -160,18 +160,6 @@ def run_demo() -> None:
     raise typer.Exit(demo())
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """Tell an error of ours in its one sentence, and exit."""
-    from api.errors import LockstepError
-
-    try:
-        yield
-    except LockstepError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from error
-
-
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -187,7 +175,7 @@ def _rebuild() -> "Outcome":
     from service.store import Store
 
     settings = Settings()
-    with _told(), alone(settings.database_url):
+    with told(), alone(settings.database_url):
         migrate_database(settings.database_url)
         engine = make_engine(settings.database_url)
         try:

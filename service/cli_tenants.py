@@ -177,16 +177,30 @@ def _seconds(text: str | None) -> int | None:
 
 
 @contextmanager
-def _tenants() -> "Iterator[tuple[Tenants, Author]]":
-    """Open the database; what goes wrong is one line and exit code 1."""
+def told() -> Iterator[None]:
+    """Tell what is configured wrong, an error of ours, or the database's in one sentence; the exit code is 1."""
     from sqlalchemy.exc import SQLAlchemyError
 
+    try:
+        yield
+    except ValidationError as error:
+        _refuse(error)
+    except LockstepError as error:
+        _give_up(str(error))
+    except SQLAlchemyError as error:
+        why = " ".join(str(getattr(error, "orig", None) or error).split())
+        _give_up(f"the database does not answer; check LOCKSTEP_DATABASE_URL: {why}")
+
+
+@contextmanager
+def _tenants() -> "Iterator[tuple[Tenants, Author]]":
+    """Open the database."""
     from service.audit import OPERATOR
     from service.database import make_engine, migrate
     from service.settings import Settings
     from service.tenants import Tenants
 
-    try:
+    with told():
         url = Settings().database_url
         migrate(url)
         engine = make_engine(url)
@@ -194,12 +208,6 @@ def _tenants() -> "Iterator[tuple[Tenants, Author]]":
             yield Tenants(engine), OPERATOR
         finally:
             engine.dispose()
-    except ValidationError as error:
-        _refuse(error)
-    except LockstepError as error:
-        _give_up(str(error))
-    except SQLAlchemyError as error:
-        _give_up(f"the database failed; see LOCKSTEP_DATABASE_URL: {getattr(error, 'orig', None) or error}")
 
 
 def _refuse(error: ValidationError) -> NoReturn:

@@ -11,8 +11,12 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.exc import DataError, IntegrityError
 
 logger = logging.getLogger("lockstep.service")
+
+REFUSED = (DataError, IntegrityError)
+"""What a database says that answers and does not take a row: the trouble of that row alone."""
 
 
 def migrate(database_url: str, revision: str = "head") -> None:
@@ -46,10 +50,11 @@ def make_engine(database_url: str) -> sa.Engine:
     url = sa.make_url(database_url)
     if url.get_backend_name() == "postgresql":
         options = f"{_POSTGRES_OPTIONS} {url.query.get('options', '')}"
+        patience = {name: value for name, value in _POSTGRES_PATIENCE.items() if name not in url.query}
         # A connection that the server has closed meanwhile is noticed before it is used.
         return sa.create_engine(
             url.set(drivername="postgresql+psycopg"),
-            connect_args={"connect_timeout": 5, "options": options, "application_name": "lockstep"},
+            connect_args={**patience, "options": options, "application_name": "lockstep"},
             pool_pre_ping=True,
             json_serializer=_dumps,
             hide_parameters=True,  # an error goes to the log, and parameters hold hashes of keys
@@ -72,6 +77,17 @@ _POSTGRES_OPTIONS = " ".join(
         "idle_in_transaction_session_timeout=60s",
     )
 )
+
+
+_POSTGRES_PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
+"""A server whose machine is gone says nothing, and its own time limits went with it: by the system's defaults, whoever
+waits for it would for a quarter of an hour, or for two hours. In seconds; a URL may name others."""
 
 
 def _dumps(value: Any) -> str:

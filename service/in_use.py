@@ -33,28 +33,32 @@ def serving(database_url: str) -> Iterator[None]:
 
     The system itself lets go of the lock when the process ends, however it does.
     """
-    with _locked(database_url, fcntl.LOCK_EX, "has a control plane already, or is just being restored or rebuilt"):
+    with _locked(database_url, "has a control plane already, or is just being restored or rebuilt"):
         yield
 
 
 @contextmanager
 def alone(database_url: str) -> Iterator[None]:
     """Be the only one to work on the database; DatabaseInUse if a control plane does."""
-    with _locked(database_url, fcntl.LOCK_EX, "is in use by a control plane; stop that first"):
+    with _locked(database_url, "is in use by a control plane; stop that first"):
         if sqlite_path(database_url) is None:
             _refuse_other_connections(database_url)
         yield
 
 
 @contextmanager
-def _locked(database_url: str, kind: int, otherwise: str) -> Iterator[None]:
+def _locked(database_url: str, otherwise: str) -> Iterator[None]:
     path = sqlite_path(database_url)
     if path is None:
         yield
         return
-    with open(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)) as file:
+    try:
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise LockstepError(f"{path}.lock cannot be opened: {error.strerror}; check LOCKSTEP_DATABASE_URL") from error
+    with open(lock) as file:
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DatabaseInUse(f"the database {path} {otherwise}") from error
         except OSError as error:

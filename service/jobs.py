@@ -99,11 +99,12 @@ class Jobs:
 
     def cancel(self, who: Principal, job_id: str, keep_checkpoint: bool = False) -> Job:
         """Ask a job to stop; asking again is harmless. Conflict if it has ended otherwise."""
-        row = self._row(who, job_id)
+        self._row(who, job_id)
         change = who.change("job.cancel", job_id, keep_checkpoint=keep_checkpoint)
-        if not self._store.request_cancel(job_id, keep_checkpoint, change) and row.state != JobState.CANCELLED:
-            raise Conflict(f"job {job_id} has already {self._row(who, job_id).state}; it cannot be cancelled")
-        return self.get(who, job_id)
+        asked, row = self._store.request_cancel(job_id, keep_checkpoint, change), self._row(who, job_id)
+        if not asked and row.state != JobState.CANCELLED:
+            raise Conflict(f"job {job_id} has already {row.state}; it cannot be cancelled")
+        return self._answer(who, row)
 
     def pause(self, who: Principal, job_id: str) -> Job:
         """Ask a training to write a checkpoint and let go of its workers; asking again is harmless."""

@@ -8,7 +8,7 @@ says. All times are the database's, so no two machines need to agree on theirs.
 
 import secrets
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
 from time import monotonic
 
@@ -47,15 +47,15 @@ class Leases:
         self._renewed_at = monotonic()
         with self._engine.begin() as connection:
             now = connection.execute(sa.select(sa.func.now())).scalar_one()
-            self._take(connection, _REPLICA + self.holder, now)
+            self._take(connection, [_REPLICA + self.holder], now)
             held = {
                 row.name: row.holder for row in connection.execute(sa.select(leases).where(leases.c.expires_at > now))
             }
             replicas = sum(name.startswith(_REPLICA) for name in held)
             ours = share_of(wanted, held, self.holder, max(replicas, 1))
-            taken = {name for name in ours if self._take(connection, name, now)}
+            taken = self._take(connection, ours, now)
             self._drop(connection, keep=taken)
-            connection.execute(leases.delete().where(leases.c.expires_at < now - _LONG_AGO))
+            connection.execute(leases.delete().where(_at_rest(leases.c.expires_at < now - _LONG_AGO)))
         return taken
 
     def renewed(self, names: Collection[str]) -> Collection[str]:
@@ -66,7 +66,7 @@ class Leases:
         self._renewed_at = monotonic()
         ours = sa.and_(leases.c.holder == self.holder, leases.c.name.in_([*names, _REPLICA + self.holder]))
         later = sa.func.now() + sa.bindparam("term", self._term, sa.Interval)
-        renew = leases.update().where(ours).values(expires_at=later).returning(leases.c.name)
+        renew = leases.update().where(_at_rest(ours)).values(expires_at=later).returning(leases.c.name)
         with self._engine.begin() as connection:
             return set(connection.execute(renew).scalars()) & set(names)
 
@@ -79,26 +79,43 @@ class Leases:
             return True
         term = self._term if seconds is None else timedelta(seconds=seconds)
         with self._engine.begin() as connection:
-            return self._take(connection, name, connection.execute(sa.select(sa.func.now())).scalar_one(), term)
+            now = connection.execute(sa.select(sa.func.now())).scalar_one()
+            return name in self._take(connection, [name], now, term)
 
     def release(self) -> None:
         """Let go of everything, so that others need not wait."""
         if not self._alone:
             with self._engine.begin() as connection:
-                connection.execute(leases.delete().where(leases.c.holder == self.holder))
+                connection.execute(leases.delete().where(_at_rest(leases.c.holder == self.holder)))
 
-    def _take(self, connection: sa.Connection, name: str, now: datetime, term: timedelta | None = None) -> bool:
-        """Take or renew a lease unless another control plane holds it."""
-        values = {"holder": self.holder, "expires_at": now + (self._term if term is None else term)}
-        free = sa.or_(leases.c.holder == self.holder, leases.c.expires_at <= now)
-        statement = insert(leases).values(name=name, **values)
-        statement = statement.on_conflict_do_update(index_elements=["name"], set_=values, where=free)
-        return connection.execute(statement.returning(leases.c.name)).first() is not None
+    def _take(
+        self, connection: sa.Connection, names: Sequence[str], now: datetime, term: timedelta | None = None
+    ) -> set[str]:
+        """Take or renew leases, but those that another control plane holds; return what we have of them then.
+
+        In order, so that no two ever wait for each other; and all at once, for there may be thousands in each pass.
+        """
+        if not names:
+            return set()
+        until = now + (self._term if term is None else term)
+        statement = insert(leases)
+        new = statement.excluded
+        free = sa.or_(leases.c.holder == new.holder, leases.c.expires_at <= sa.func.now())
+        change = {"holder": new.holder, "expires_at": new.expires_at}
+        statement = statement.on_conflict_do_update(index_elements=["name"], set_=change, where=free)
+        rows = [{"name": name, "holder": self.holder, "expires_at": until} for name in names]
+        return set(connection.execute(statement.returning(leases.c.name), rows).scalars())
 
     def _drop(self, connection: sa.Connection, keep: Collection[str]) -> None:
         """Let go of our leases on jobs that are not to be kept."""
         ours = sa.and_(leases.c.holder == self.holder, leases.c.name.startswith("job-"))
-        connection.execute(leases.delete().where(ours, leases.c.name.not_in(keep)))
+        connection.execute(leases.delete().where(_at_rest(ours, leases.c.name.not_in(keep))))
+
+
+def _at_rest(*where: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    """Choose leases, but none that another control plane is just taking or giving up: who waited for that, holding
+    what the other one waits for, would wait for ever."""
+    return leases.c.name.in_(sa.select(leases.c.name).where(*where).with_for_update(skip_locked=True))
 
 
 def share_of(wanted: Collection[str], held: dict[str, str], holder: str, replicas: int) -> list[str]:

@@ -102,11 +102,11 @@ def _turn(job_id: str, plan: Schedule, projects: Mapping[str, str]) -> Turn:
 def line_order(job: JobRow) -> tuple[int, bool, datetime, str]:
     """Return what the waiting are ordered by, as the schedule orders them."""
     recovering = job.state == JobState.RECOVERING
-    return -job.parsed_spec.priority, not recovering, job.queued_at or job.created_at, job.id
+    return -job.known_spec.priority, not recovering, job.queued_at or job.created_at, job.id
 
 
 def queue_entry(job: JobRow, position: int) -> QueueEntry:
-    spec = job.parsed_spec
+    spec = job.known_spec
     return QueueEntry(
         position=position,
         job_id=job.id,

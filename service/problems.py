@@ -35,6 +35,8 @@ logger = logging.getLogger("lockstep.service")
 MEDIA_TYPE = "application/problem+json"
 _SENTENCES = {404: "there is nothing at this path; see /docs", 405: "this path knows no such method; see /docs"}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_AGAIN = "the database does not answer; send the request again, with the same Idempotency-Key if it submits a job"
+"""A connection that breaks while a change is committed does not tell whether it was."""
 _RETRY_AFTER = {503: 5.0}
 """Seconds, where an error does not say it itself."""
 _BY_STATUS = {kind.status: kind for kind in (BadRequest, NotFound, MethodNotAllowed, TooLarge)}
@@ -105,7 +107,7 @@ def _allowed(request: Request) -> str:
 
 def _from_database(error: SQLAlchemyError) -> ApiError:
     logger.error("the database failed: %s", error)
-    return Unavailable("the database does not answer; nothing was changed")
+    return Unavailable(_AGAIN)
 
 
 def _from_bug(error: Exception) -> ApiError:

@@ -27,6 +27,7 @@ from api.layout import JobLayout, SegmentId
 from api.names import JOB_ID
 from api.storage import Bucket, DocumentT
 from service.audit import OPERATOR
+from service.database import REFUSED
 from service.progress import read_progress
 from service.remains import Remains, newer, rebuilt
 from service.rows import JobRow, NewEvent
@@ -72,17 +73,23 @@ class Outcome:
 def rebuild(store: Store, bucket: Bucket, at: datetime, say: Callable[[str], None]) -> Outcome:
     """Bring the database up to what the bucket tells, as of now, which is `at`; `say` hears how far it is."""
     rows = {row.id: row for row in store.everything()}
-    layouts = sorted(job_layouts(bucket), key=lambda layout: layout.job_id)  # what others begin at comes first
+    layouts = sorted(job_layouts(bucket), key=lambda layout: layout.job_id)
     if not layouts and any(row.attempt and row.purged_at is None for row in rows.values()):
         raise WrongBucket(f"{bucket.url} has none of the jobs in the database; check LOCKSTEP_STORAGE")
     say(f"{len(layouts)} jobs in {bucket.url}, {len(rows)} in the database")
     outcome = Outcome()
     with ThreadPoolExecutor(_READERS, "rebuild") as readers:
         for count, found in enumerate(readers.map(lambda layout: look(bucket, layout), layouts), 1):
-            _take(store, bucket, found, rows.get(found.id), at, outcome)
+            try:
+                _take(store, bucket, found, rows.get(found.id), at, outcome)
+            except (*REFUSED, OverflowError) as error:  # SQLite's driver has that for a number beyond all bounds
+                outcome.damaged[found.id] = (
+                    f"the database does not take what is told of it: {getattr(error, 'orig', error)}"
+                )
             if count % _SAY_EVERY == 0:
                 say(f"{count} of {len(layouts)} jobs read")
     _end_gone(store, rows, {layout.job_id for layout in layouts} - set(outcome.half_deleted), at, outcome)
+    store.pin_origins()  # at last, whichever of two jobs came first, in this rebuild or in one before it
     return outcome
 
 

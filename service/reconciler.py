@@ -28,6 +28,7 @@ from api.names import submission_id
 from api.prepare_spec import PrepareSpec
 from api.spec import TrainSpec
 from api.storage import Bucket
+from service.database import REFUSED
 from service.failpoints import failpoint
 from service.leases import LINE, Leases
 from service.lifecycle import (
@@ -113,6 +114,8 @@ class Reconciler:
                 if lease_of(job) in ours:
                     self._reconcile_safely(job, cluster, turns.get(job.id, Turn()))
         for job in deleted:
+            if self.loop.stopping:
+                return
             if job.id in ours:
                 with about(job=job.id):
                     self._purge(job)
@@ -123,6 +126,8 @@ class Reconciler:
             try:
                 if self._is_present(job):
                     self.reconcile(job, cluster, turn)
+            except REFUSED:
+                logger.exception("a bug: the database does not take that; the next pass tries again")
             except SQLAlchemyError:
                 raise
             except (LockstepError, ValueError) as error:
@@ -157,7 +162,8 @@ class Reconciler:
                     changes["started_at"] = now()
                 if JobState.PAUSED in (state, job.state):
                     self._note_hold(job, paused=state is JobState.PAUSED)
-                self._enter(job, state, message, changes)
+                if self._enter(job, state, message, changes) is None and state is JobState.PAUSED:
+                    self._correct_final(job)
             case TellStop(control):
                 self._tell(job, control)
             case StopRay():
@@ -201,8 +207,11 @@ class Reconciler:
         """Write the attempt down in the bucket, then post it. A failed post decides nothing: the next pass looks.
 
         This is the one act that no guarded update goes before. So who is late must not call back what another control
-        plane has told the attempt meanwhile, and looks once more whether it is still wanted.
+        plane has told the attempt meanwhile, and looks whether it is still wanted: before anything is written, so that
+        nothing comes back of a job that was deleted, and once more before it is posted.
         """
+        if not self._is_present(job):
+            return
         layout = JobLayout(job.project, job.id)
         spec = job.parsed_spec
         assert job.ray_session is not None
@@ -234,10 +243,16 @@ class Reconciler:
         self._bucket.put_document(layout.control(job.attempt), control)
 
     def _note_hold(self, job: JobRow, paused: bool) -> None:
-        """Before the state: a rebuild of the database must neither start what is paused nor forget what is resumed."""
+        """Before the state: a rebuild of the database must neither start what is paused nor forget what is resumed.
+
+        An end that was written down, and then dropped because a user had just asked for the pause, is none.
+        """
         if job.attempt:
+            layout = JobLayout(job.project, job.id)
             hold = HoldDocument(attempt=job.attempt, paused=paused, workers=job.workers_wanted, created_at=now())
-            self._bucket.put_document(JobLayout(job.project, job.id).hold, hold)
+            self._bucket.put_document(layout.hold, hold)
+            if paused:
+                self._bucket.delete([layout.final])
 
     def _recover(self, job: JobRow, seen: Observation, lost: Recover) -> None:
         """Give the attempt up. Should it still live somewhere, its control object tells it that it is superseded."""
@@ -274,7 +289,7 @@ class Reconciler:
         self._standstill.forget(job.id)
 
     def _correct_final(self, job: JobRow) -> None:
-        """Another control plane was faster. If that ended the job, the bucket shall tell its end and not ours."""
+        """Another control plane was faster. If that ended the job, the bucket shall tell its end and nothing else."""
         present = self._store.get(job.id, job.project)
         if present is not None and JobState(present.state).ended:
             self._bucket.put_document(JobLayout(job.project, job.id).final, final_document(present))
@@ -332,7 +347,7 @@ class Reconciler:
 
 def view(job: JobRow) -> JobView:
     """Return what `decide` needs of a row."""
-    spec = job.parsed_spec
+    spec = job.known_spec
     deadline: datetime | None = None
     if spec.deadline is not None:
         deadline = job.created_at + timedelta(seconds=spec.deadline)

@@ -23,6 +23,7 @@ from api.manifest import read_manifest
 from api.prepare_spec import PrepareSpec
 from api.spec import TrainSpec
 from api.storage import Bucket
+from service.database import REFUSED
 from service.leases import Leases
 from service.logs import about
 from service.periodic import NotePass, Periodic, nobody
@@ -196,6 +197,8 @@ class Retention:
             with about(job=job.id):
                 try:
                     self._retain(job, now)
+                except REFUSED:
+                    logger.exception("its checkpoints are left as they are, for the database does not take that")
                 except SQLAlchemyError:
                     raise
                 except (StorageUnavailable, StorageDenied) as error:

@@ -72,6 +72,14 @@ class JobRow:
     def parsed_spec(self) -> TrainSpec | PrepareSpec:
         return job_spec_adapter.validate_python(self.spec)
 
+    @property
+    def known_spec(self) -> TrainSpec | PrepareSpec:
+        """The spec as far as this release knows it: enough to show or to end a job that a newer one has accepted.
+
+        Nothing may be run by it: what we do not know would be left out.
+        """
+        return job_spec_adapter.validate_python(self.spec, extra="ignore")
+
 
 @dataclass(frozen=True)
 class Tally:

@@ -65,17 +65,23 @@ class Store:
         return None
 
     def adopt(self, job: JobRow, new_events: Sequence[NewEvent]) -> None:
-        """Insert a job that the bucket tells of, its project and its events; if it is live, pin what it begins at."""
+        """Insert a job that the bucket tells of, its project and its events."""
         with self._writer.begin() as connection:
             if connection.execute(sa.select(projects.c.name).where(projects.c.name == job.project)).first() is None:
                 connection.execute(projects.insert().values(name=job.project, created_at=now()))
             connection.execute(jobs.insert().values(**dataclasses.asdict(job)))
             self._append(connection, job.id, new_events)
-            origin = CheckpointRef.model_validate(job.init) if job.init is not None else None
-            if origin is not None and job.state not in _ENDED:
-                source = sa.select(jobs.c.id).where(jobs.c.id == origin.job_id)
-                if connection.execute(source).first() is not None:
-                    self._insert_pin(connection, job.id, origin)
+
+    def pin_origins(self) -> None:
+        """Pin what live jobs begin at, as far as it is not pinned and the job that wrote it is there."""
+        forks = sa.select(jobs.c.id, jobs.c.init).where(jobs.c.state.not_in(_ENDED))
+        with self._writer.begin() as connection:
+            there = set(connection.execute(sa.select(jobs.c.id)).scalars())
+            holders = set(connection.execute(sa.select(pins.c.holder)).scalars())
+            for fork, init in connection.execute(forks.where(jobs.c.init.is_not(None))).all():
+                origin = CheckpointRef.model_validate(init) if init is not None else None  # JSON has a null, too
+                if origin is not None and fork not in holders and origin.job_id in there:
+                    self._insert_pin(connection, fork, origin)
 
     def everything(self) -> list[JobRow]:
         """Return every job of every project, deleted ones included, oldest first."""

@@ -113,6 +113,14 @@ def test_postgresql_is_sent_to_its_own_tools(tmp_path: Path, tool: object) -> No
         tool("postgresql+psycopg://host/name", tmp_path / "saved", False)  # type: ignore[operator]
 
 
+def test_a_release_that_was_taken_back_saves_the_schema_of_the_newer_one(
+    store: Store, url: str, tmp_path: Path
+) -> None:
+    with store._writer.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    assert backup(url, tmp_path / "saved", overwrite=False) == Contents("9999", 0)
+
+
 def test_a_restore_puts_the_backup_in_place_and_keeps_what_was_there(store: Store, url: str, tmp_path: Path) -> None:
     store.insert(row(1), ACCEPTED, None)
     backup(url, tmp_path / "saved", overwrite=False)

@@ -144,6 +144,21 @@ def test_a_body_that_is_not_understood_asks_for_nothing(service: Service, what: 
     assert (stored(service).cancel_requested, stored(service).pause_requested) == (0, 1)
 
 
+def test_a_cancel_that_finds_the_job_just_cancelled_is_harmless(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(service, state="running")
+    ask = service.store.request_cancel
+
+    def late(*given: Any) -> bool:
+        assert service.store.apply(stored(service), {"state": "cancelled"}) is not None
+        return ask(*given)
+
+    monkeypatch.setattr(service.store, "request_cancel", late)
+    answer = service.ask(1, "cancel")
+    assert (answer.status_code, answer.json()["state"]) == (202, "cancelled")
+
+
 @pytest.mark.parametrize(("body", "kept"), [(None, 0), ({}, 0), ({"keep_checkpoint": False}, 0),
     ({"keep_checkpoint": True}, 1)])  # fmt: skip
 def test_a_cancel_says_whether_a_checkpoint_is_kept_and_the_first_one_counts(
@@ -284,3 +299,15 @@ def test_an_answer_tells_the_size_of_the_present_attempt(service: Service) -> No
     put(service, 1, "running", workers=4)
     put(service, 2)
     assert [service.client.get(f"/v1/jobs/{job_id(n)}").json()["workers"] for n in (1, 2)] == [4, None]
+
+
+def test_jobs_of_a_newer_release_are_shown_as_far_as_they_are_known(service: Service) -> None:
+    """As after a release was taken back, or while replicas of both work side by side."""
+    for number, state in ((1, "running"), (2, "queued")):
+        put(service, number, state)
+        known = stored(service, number)
+        assert service.store.apply(known, {"spec": {**known.spec, "of_tomorrow": 1}}) is not None
+    put(service, 3)
+    assert service.client.get(f"/v1/jobs/{job_id(1)}").json()["spec"] == known.spec
+    assert [job["id"] for job in service.client.get("/v1/jobs").json()["items"]] == [job_id(n) for n in (3, 2, 1)]
+    assert [job["job_id"] for job in service.client.get("/v1/queue").json()["items"]] == [job_id(2), job_id(3)]

@@ -11,7 +11,9 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy.exc import OperationalError
 
+import service.database
 from api.tenants import Quotas, Role
 from service.auth import authenticate
 from service.database import make_engine, migrate
@@ -130,3 +132,19 @@ def test_the_keys_of_before_there_were_roles_may_all_and_every_project_is_there(
     assert [(entry.id, entry.operator) for _, entry in tenants.keys("default")] == [("key-1", False), ("key-3", True)]
     assert Store(engine).live() == jobs
     assert Store(engine).insert(row(3), NewEvent("state", "accepted"), None) is None
+
+
+@pytest.mark.skipif(not on_postgres(), reason="SQLite's readers hold up no writer")
+def test_a_migration_does_not_wait_behind_a_dump_for_long(
+    engine: sa.Engine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever came after it would wait, too."""
+    migrate(url, "0005")
+    options = service.database._POSTGRES_OPTIONS.replace("lock_timeout=10s", "lock_timeout=50ms")
+    monkeypatch.setattr(service.database, "_POSTGRES_OPTIONS", options)
+    with engine.begin() as dump:
+        dump.execute(sa.text("LOCK TABLE jobs IN ACCESS SHARE MODE"))
+        with pytest.raises(OperationalError, match="lock timeout"):
+            migrate(url)
+    migrate(url)
+    assert Store(engine).live() == []

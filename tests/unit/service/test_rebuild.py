@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api.documents import CheckpointRef, StreamLine
+from api.documents import CheckpointRef, ControlDocument, StreamLine
 from api.errors import StorageUnavailable
 from api.jobs import Reason
 from api.layout import JobLayout
@@ -181,6 +181,14 @@ def test_what_is_damaged_is_named_and_the_rest_is_rebuilt(world: World, tmp_path
     assert [words.split()[0] for words in said[:-1]] == sorted(outcome.damaged)
 
 
+def test_what_the_database_does_not_take_is_damaged_and_the_rest_is_rebuilt(world: World, tmp_path: Path) -> None:
+    for number in (1, 2):
+        world.running(number)
+    world.bucket.put_document(world.layout(1).control(10**20), ControlDocument())
+    assert list(lose(world, tmp_path / "new").damaged) == [job_id(1)]
+    assert [job.id for job in world.store.everything()] == [job_id(2)]
+
+
 def test_to_rebuild_again_or_what_is_whole_changes_nothing(world: World, tmp_path: Path) -> None:
     trained(world)
     world.running(2)
@@ -192,6 +200,26 @@ def test_to_rebuild_again_or_what_is_whole_changes_nothing(world: World, tmp_pat
     after, events = world.store.everything(), world.events(1)
     assert again(world) == Outcome()
     assert (world.store.everything(), world.events(1)) == (after, events)
+
+
+def test_an_end_that_a_pause_came_before_is_none_once_the_job_goes_on(world: World) -> None:
+    """The bucket was told of the end, and then the row had changed: it is not the one that has ended."""
+    world.running()
+    world.die(Reason.INVALID_DATA)
+
+    def pause(effect: str) -> None:
+        if effect == f"before put {world.layout().final}":
+            world.store.request_pause(job_id(1))
+
+    world.bucket.hook = pause
+    world.passes(4)
+    assert world.job().state == "paused"
+    assert again(world) == Outcome()
+    assert world.store.request_resume(job_id(1), None, world.now)
+    world.passes()
+    world.begin()
+    assert again(world) == Outcome()
+    assert (world.job().state, world.job().attempt) == ("running", 2)
 
 
 def test_jobs_of_every_project_come_back(world: World, tmp_path: Path) -> None:
@@ -217,6 +245,22 @@ def test_what_a_live_fork_begins_at_is_pinned_again(world: World, tmp_path: Path
     assert world.store.pinned(job_id(1), world.now) == {CheckpointRef(segment=segment, step=4)}
     finish(world, "1-0-x", 2)
     assert world.store.pinned(job_id(1), world.now) == set()
+
+
+def test_what_a_live_fork_begins_at_is_pinned_once_the_job_that_wrote_it_is_mended(
+    world: World, tmp_path: Path
+) -> None:
+    segment = world.running(1)
+    at = world.checkpoint(segment, 4)
+    finish(world, segment)
+    world.add(2, at)
+    world.begin(2)
+    document = world.bucket.get(world.layout(1).job)
+    world.bucket.put(world.layout(1).job, b"{")
+    assert list(lose(world, tmp_path / "new").damaged) == [job_id(1)]
+    world.bucket.put(world.layout(1).job, document)
+    assert [job.id for job in again(world).rebuilt] == [job_id(1)]
+    assert world.store.pinned(job_id(1), world.now) == {CheckpointRef(segment=segment, step=4)}
 
 
 def test_a_checkpoint_that_was_deleted_before_is_not_missed_by_a_verification(world: World, tmp_path: Path) -> None:

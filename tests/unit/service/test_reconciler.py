@@ -1,12 +1,14 @@
 """The reconciler against a real store, a Ray and a bucket in memory: crashes, lost replies, restarts, cancels."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import DataError
 
 from api.documents import (
     AttemptDocument,
@@ -25,7 +27,7 @@ from service.lifecycle import Observation, RayStatus, Turn
 from service.observer import observe, observe_cluster
 from service.rows import JobRow
 from service.standstill import Standstill
-from tests.fakes import T0, Crash, World, job_id, row, train_spec
+from tests.fakes import ACCEPTED, T0, Crash, World, job_id, row, train_spec
 
 pytestmark = pytest.mark.database
 
@@ -83,8 +85,10 @@ def test_a_slow_control_plane_starts_no_attempt_that_another_has_ended(world: Wo
     world.passes(3)
     assert world.job().state == "cancelled"
     world.reconciler.reconcile(stale, observe_cluster(world.ray.backend()), Turn())  # it sees what was told
+    written = dict(world.bucket.content)
     world.reconciler._submit(stale, seen)  # it had looked before that
     assert world.ray.posts == []
+    assert world.bucket.content == written
 
 
 def test_what_an_attempt_was_told_is_not_called_back(world: World) -> None:
@@ -130,6 +134,23 @@ def test_a_slow_control_plane_does_not_overwrite_the_end_that_another_has_record
     assert world.job() == ended
     final = world.bucket.get_document(world.layout().final, FinalDocument)
     assert (final.state, final.reason, final.created_at) == (ended.state, ended.reason, ended.ended_at)
+
+
+def test_a_slow_control_plane_that_would_pause_takes_no_end_away(world: World) -> None:
+    """While it looked, another one has ended the job."""
+    world.running()
+    world.store.request_pause(job_id(1))
+    world.passes(2)
+    world.obey()
+    stale = world.job()
+    world.store.request_cancel(job_id(1))
+    world.passes(4)
+    ended = world.job()
+    assert ended.state == "cancelled"
+    world.bucket.put_document(world.layout().control(1), ControlDocument(wish="pause", reason=Reason.USER_PAUSED))
+    world.reconciler.reconcile(stale, observe_cluster(world.ray.backend()), Turn())
+    assert world.job() == ended
+    assert world.bucket.get_document(world.layout().final, FinalDocument).state == "cancelled"
 
 
 @pytest.mark.parametrize("place", ["after_intent", "after_attempt_record", "after_submit"])
@@ -406,6 +427,15 @@ def test_the_objects_of_a_deleted_job_are_deleted_once_the_bucket_answers(world:
         "default/datasets/words/v1/dataset.json", "default/jobs/job-another/job.json"]  # fmt: skip
 
 
+def test_a_control_plane_that_is_told_to_stop_begins_no_further_purge(world: World) -> None:
+    for number in (1, 2):
+        world.store.insert(row(number, state="failed", deleted_at=T0), ACCEPTED, None)
+        world.bucket.put(world.layout(number).job, b"{}")
+    world.bucket.hook = lambda effect: world.reconciler.loop.stop()
+    world.passes()
+    assert [job.id for job in world.store.to_purge()] == [job_id(2)]
+
+
 def test_progress_and_the_workers_events_are_mirrored_once_each_over_restarts(world: World) -> None:
     def metrics(step: int) -> StreamLine:
         return StreamLine(type="metrics", step=step, at=T0, values={"loss": float(step), "seconds_per_step": 2.0})
@@ -431,6 +461,16 @@ def test_progress_and_the_workers_events_are_mirrored_once_each_over_restarts(wo
     assert [e for e in world.events() if e[0] == "checkpoint"] == [("checkpoint", "step 2"), ("checkpoint", "step 3")]
 
 
+def test_an_event_that_no_database_would_take_does_not_keep_a_job_from_its_end(world: World) -> None:
+    segment = world.running()
+    line = {"type": "event", "step": 1, "at": T0.isoformat(), "event": "x" * 33}
+    world.bucket.put(world.layout().segment(segment).stream + "000000.jsonl", json.dumps(line).encode() + b"\n")
+    world.result(segment, "succeeded", Reason.COMPLETED)
+    world.ray.jobs[world.submission()] = "SUCCEEDED"
+    world.passes(2)
+    assert (world.job().state, world.job().progress["step"]) == ("succeeded", 0)
+
+
 def test_a_damaged_stream_does_not_keep_a_job_from_its_end(world: World) -> None:
     segment = world.running()
     world.bucket.put(chunk(world.layout().segment(segment).stream, 0, "jsonl"), b"{torn\n")
@@ -440,18 +480,38 @@ def test_a_damaged_stream_does_not_keep_a_job_from_its_end(world: World) -> None
     assert world.job().state == "succeeded"
 
 
-def test_the_trouble_of_one_job_stops_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trouble", [KeyError("a bug"), DataError("INSERT", {}, Exception("value too long"))])
+def test_the_trouble_of_one_job_stops_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
     for number in (1, 2):
         world.add(number)
 
     def observe(job: JobRow, *rest: Any) -> Any:
         if job.id == job_id(1):
-            raise KeyError("a bug")
+            raise trouble
         return observer.observe(job, *rest)
 
     monkeypatch.setattr(reconciler_module, "observe", observe)
     world.passes()
     assert [world.job(n).state for n in (1, 2)] == ["queued", "starting"]
+
+
+def test_a_job_of_a_newer_release_is_watched_and_can_be_ended_but_is_not_begun(world: World) -> None:
+    """As after a release was taken back: what we do not know of its spec would be left out."""
+    world.running(1)
+    world.add(2)
+    for number in (1, 2):
+        job = world.job(number)
+        assert world.store.apply(job, {"spec": {**job.spec, "of_tomorrow": 1}}) is not None
+    world.passes(3)
+    assert [world.job(n).state for n in (1, 2)] == ["running", "queued"]
+    for number in (1, 2):
+        world.store.request_cancel(job_id(number))
+    world.passes(2)
+    world.obey()
+    world.passes(2)
+    assert [world.job(n).state for n in (1, 2)] == ["cancelled", "cancelled"]
 
 
 def test_a_view_has_the_deadline_counted_from_acceptance() -> None:

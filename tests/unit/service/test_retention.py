@@ -297,6 +297,16 @@ def test_the_trouble_of_one_job_stops_no_other(kept: Kept, lines: Lines) -> None
     assert all("its checkpoints are left as they are" in line["message"] for line in lines.objects)
 
 
+def test_a_folder_that_no_database_could_mark_stops_no_other(kept: Kept) -> None:
+    kept.add(1, keep_last=None, state="succeeded")
+    kept.add(2)
+    kept.write("1-0-a@4", number=1)
+    kept.bucket.put(JobLayout("default", job_id(1)).segments + "1-0-a/step-99999999999999999999/part", b"")
+    kept.write("1-0-a@4", "1-0-a@8", number=2)
+    kept.passes()
+    assert kept.folders(2) == {"1-0-a@8"}
+
+
 def test_a_bucket_that_does_not_answer_is_asked_once_in_a_pass(kept: Kept, caplog: pytest.LogCaptureFixture) -> None:
     """Each question takes its timeout, and the reconciler waits meanwhile."""
     for number in (1, 2, 3):

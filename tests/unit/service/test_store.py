@@ -1,11 +1,13 @@
 """The store on SQLite: nothing accepted twice, nothing stale written, no end ever left, events without gaps."""
 
 import dataclasses
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -284,3 +286,23 @@ def test_whatever_users_ask_makes_a_decision_of_before_stale(store: Store) -> No
     assert not store.request_pause(job_id(1))
     assert not store.request_resume(job_id(1), None, T0)
     assert store.live() == [job]
+
+
+@pytest.mark.parametrize(("more", "seconds"), [("", 5), ("?connect_timeout=60&options=-cwork_mem%3D8MB", 60)])
+def test_a_postgresql_whose_machine_is_gone_is_noticed_within_half_a_minute(more: str, seconds: int) -> None:
+    """By the system's defaults it takes a quarter of an hour for who asks, and two hours for who waits."""
+    asked: dict[str, Any] = {}
+
+    def connect(_: object, __: object, ___: object, parameters: dict[str, Any]) -> None:
+        asked.update(parameters)
+        raise sqlite3.OperationalError("enough is known")
+
+    engine = make_engine(f"postgresql://lockstep@host/name{more}")
+    sa.event.listen(engine, "do_connect", connect)
+    with pytest.raises(sqlite3.OperationalError):
+        engine.connect()
+    assert int(asked["connect_timeout"]) == seconds
+    assert asked["keepalives_idle"] + asked["keepalives_interval"] * asked["keepalives_count"] <= 30
+    assert asked["tcp_user_timeout"] <= 30_000
+    assert "statement_timeout=30s" in asked["options"]
+    assert ("work_mem=8MB" in asked["options"]) == bool(more)

@@ -237,6 +237,15 @@ def test_what_a_tenant_calls_a_key_does_nothing_to_an_operators_terminal(operato
     assert listed.endswith("a\N{REPLACEMENT CHARACTER}2J\N{REPLACEMENT CHARACTER}b c\n")
 
 
+@pytest.mark.parametrize("words", ["keys list", "migrate", "rebuild"])
+@pytest.mark.parametrize("url", ["sqlite:///{}/none/lockstep.db", "postgresql://lockstep@/lockstep?host={}"])
+def test_a_database_that_does_not_answer_is_one_line(tmp_path: Path, words: str, url: str) -> None:
+    environment = {"LOCKSTEP_DATABASE_URL": url.format(tmp_path), "LOCKSTEP_STORAGE": "s3://bucket"}
+    result = CliRunner(env=environment).invoke(app, words.split())
+    assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
+    assert "check LOCKSTEP_DATABASE_URL" in result.output
+
+
 def test_what_an_operator_changes_is_in_the_log(operator: Any, tmp_path: Path) -> None:
     operator("projects create vision")
     operator("projects quota vision running_gpus=8")
