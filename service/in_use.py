@@ -5,12 +5,11 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import sqlalchemy as sa
 
 from api.errors import LockstepError
-from service.database import make_engine
+from service.database import make_engine, sqlite_path
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """What a file system says that knows no locks."""
@@ -20,41 +19,38 @@ class DatabaseInUse(LockstepError):
     """Somebody else works on the database."""
 
 
-def sqlite_path(database_url: str) -> Path | None:
-    """Return the file of an embedded database, None for another one or one in memory."""
-    url = sa.make_url(database_url)
-    named = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    return Path(str(url.database)).absolute() if named else None
-
-
 @contextmanager
 def serving(database_url: str) -> Iterator[None]:
     """Serve from the database; DatabaseInUse while somebody restores or rebuilds it, or serves from the same SQLite.
 
     The system itself lets go of the lock when the process ends, however it does.
     """
-    with _locked(database_url, fcntl.LOCK_EX, "has a control plane already, or is just being restored or rebuilt"):
+    with _locked(database_url, "has a control plane already, or is just being restored or rebuilt"):
         yield
 
 
 @contextmanager
 def alone(database_url: str) -> Iterator[None]:
     """Be the only one to work on the database; DatabaseInUse if a control plane does."""
-    with _locked(database_url, fcntl.LOCK_EX, "is in use by a control plane; stop that first"):
+    with _locked(database_url, "is in use by a control plane; stop that first"):
         if sqlite_path(database_url) is None:
             _refuse_other_connections(database_url)
         yield
 
 
 @contextmanager
-def _locked(database_url: str, kind: int, otherwise: str) -> Iterator[None]:
+def _locked(database_url: str, otherwise: str) -> Iterator[None]:
     path = sqlite_path(database_url)
     if path is None:
         yield
         return
-    with open(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)) as file:
+    try:
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise LockstepError(f"{path}.lock cannot be opened: {error.strerror}; check LOCKSTEP_DATABASE_URL") from error
+    with open(lock) as file:
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DatabaseInUse(f"the database {path} {otherwise}") from error
         except OSError as error:
