@@ -7,17 +7,17 @@ job was cancelled, 4 the control plane or its store did not answer or had an err
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
-from typer.core import TyperGroup
 
 from . import __version__, lookup, profile, show, show_verification
 from .cli_base import Format, Output, open_client, print_answer
 from .cli_project import project
 from .client import Client, Update
+from .commands import Commands
 from .documents import now
 from .download import FILES, SaveError, all_or_none, bar, choose, refuse_existing
 from .errors import ApiError, LockstepError, NotFound
@@ -31,15 +31,12 @@ _END_CODES = {JobState.FAILED: JOB_FAILED, JobState.CANCELLED: JOB_CANCELLED}
 _VERDICT_CODES = {"well": 0, "damaged": DAMAGED, "gone": BAD_REQUEST, "unknown": NO_SERVER}
 
 
-class _Commands(TyperGroup):
-    """A command group in which an error of Lockstep's own is a message and an exit code, never a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except LockstepError as error:
-            _complain(error)
-            raise typer.Exit(_code_of(error)) from error
+class _Commands(Commands):
+    def tell(self, error: Exception) -> int | None:
+        if not isinstance(error, LockstepError):
+            return None
+        _complain(error)
+        return _code_of(error)
 
 
 app = typer.Typer(

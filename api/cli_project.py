@@ -49,7 +49,9 @@ def create_key(
         made = client.project.create_key(name, role, member, lasts)
         print_answer(client, output, lambda: plain(made.key))
     if output is Output.TABLE:
-        typer.echo(f"{plain(made.id)}: shown this once; set LOCKSTEP_API_KEY to it", err=True)
+        typer.echo(
+            f"{plain(made.id)}: shown this once; set LOCKSTEP_API_KEY to it, and LOCKSTEP_URL to {client.url}", err=True
+        )
 
 
 @project.command("revoke-key")

@@ -22,6 +22,7 @@ LockstepError
 └── Unsupported                 what a spec asks for and the machine cannot do
 """
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -209,11 +210,18 @@ class Unsupported(LockstepError):
 def faults_of(errors: list[Any]) -> list[Fault]:
     """Translate pydantic's error list: JSON paths without union tags, one plain sentence each."""
     faults = []
+    sized = {error["loc"][:-1] for error in errors if error["loc"][-1:] == ("size",)}
     for error in errors:
-        if error["type"] == "default_factory_not_called":
+        if error["type"] == "default_factory_not_called" or _would_come_of_size(error, sized):
             continue  # a consequence of another fault in the list
         faults.append(Fault(path=_json_path(error["loc"]), message=_sentence(error)))
     return faults
+
+
+def _would_come_of_size(error: Any, sized: Collection[tuple[int | str, ...]]) -> bool:
+    """Whether a field is only missing because the size that gives it is wrong."""
+    *parent, name = error["loc"] or ("",)
+    return error["type"] == "missing" and name in ("layers", "width") and tuple(parent) in sized
 
 
 #: What pydantic puts into a location that is no field: the request's body, and the tags of unions.

@@ -4,7 +4,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from .jobs import Answer
 from .spec_base import Strict
@@ -88,6 +88,24 @@ class MemberRole(Strict):
     role: Annotated[Role, Field(strict=False)]
 
 
+_LEAST_SECONDS, _MOST_SECONDS = 60, 10 * 366 * 86_400
+"""Of a key's life."""
+
+
+def _life(value: int) -> int:
+    if not _LEAST_SECONDS <= value <= _MOST_SECONDS:
+        days = _MOST_SECONDS // 86_400
+        raise ValueError(f"a key may last from {_LEAST_SECONDS} seconds to {_MOST_SECONDS} ({days} days)")
+    return value
+
+
+Life = Annotated[
+    int,
+    AfterValidator(_life),
+    WithJsonSchema({"type": "integer", "maximum": _MOST_SECONDS, "minimum": _LEAST_SECONDS}),
+]
+
+
 class KeyRequest(Strict):
     """A key to be made."""
 
@@ -97,7 +115,7 @@ class KeyRequest(Strict):
     """The most that it may do."""
     member: MemberName | None = None
     """Whose it is: it then never may more than this member may at the time."""
-    expires_in: int | None = Field(default=None, ge=60, le=10 * 366 * 86_400)
+    expires_in: Life | None = None
     """Seconds from now; null: never."""
 
 

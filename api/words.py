@@ -9,6 +9,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def counted(count: int, noun: str) -> str:
+    """Write a number of things: `1 job`, `12,000 jobs`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def size(count: float) -> str:
     """Write bytes for people: `1.5 GiB`."""
     return _scaled(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))

@@ -18,8 +18,9 @@ from alembic.script import ScriptDirectory
 
 from api.errors import LockstepError
 from api.storage import Bucket
-from service.database import make_engine, migrate
-from service.in_use import DatabaseInUse, alone, sqlite_path
+from api.words import counted
+from service.database import make_engine, migrate, refuse_missing, sqlite_path
+from service.in_use import DatabaseInUse, alone
 from service.rebuild import Outcome, rebuild
 from service.store import Store
 
@@ -46,9 +47,11 @@ class Contents:
 def backup(database_url: str, to: Path, overwrite: bool) -> Contents:
     """Write a checked backup to a file, whole or not at all. The database may be in use."""
     source = _embedded(database_url)
-    if not source.exists():
-        raise BackupError(f"there is no database {source}; set LOCKSTEP_DATABASE_URL to the one that is to be saved")
-    if to.exists() and not overwrite:
+    refuse_missing(database_url)
+    _refuse_its_own(source, to)
+    if os.path.exists(to) and not os.path.isfile(to):
+        raise BackupError(f"{to} is a folder or a device; name a file")
+    if os.path.exists(to) and not overwrite:
         raise BackupError(f"{to} exists; choose another name, or pass --force to replace it")
     with _beside(to) as temporary:
         try:
@@ -58,6 +61,14 @@ def backup(database_url: str, to: Path, overwrite: bool) -> Contents:
         except (OSError, sqlite3.Error) as error:
             raise BackupError(f"the backup of {source} to {to} failed: {error}") from error
     return contents
+
+
+def _refuse_its_own(source: Path, to: Path) -> None:
+    """BackupError where a backup would replace the database, which goes on in a file that nobody finds any more."""
+    for file in (f"{source}{ending}" for ending in ("", "-wal", "-shm", "-journal", ".lock")):
+        linked = os.path.exists(file) and os.path.exists(to) and os.path.samefile(file, to)
+        if linked or os.path.realpath(file) == os.path.realpath(to):
+            raise BackupError(f"{to} is the database itself, or belongs to it; choose another name for the backup")
 
 
 def restore(
@@ -74,7 +85,7 @@ def restore(
         raise BackupError(
             f"{backup_file} is of schema {contents.revision}, which this version does not know; use the newer one"
         )
-    say(f"{backup_file}: sound, {contents.jobs} jobs, schema {contents.revision}")
+    say(f"{backup_file}: sound, {counted(contents.jobs, 'job')}, schema {contents.revision}")
     with alone(database_url), _beside(target) as temporary:
         try:
             _copy(backup_file, temporary)

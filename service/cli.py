@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli_tenants import keys, members, projects, told
+from api.words import counted
+from service.cli_base import ServerCommands
+from service.cli_tenants import keys, members, projects
 
 if TYPE_CHECKING:
     from service.rebuild import Outcome
 
 app = typer.Typer(
     name="lockstep-server",
+    cls=ServerCommands,
     help="Lockstep's control plane.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -29,15 +32,16 @@ for name, group in (("projects", projects), ("members", members), ("keys", keys)
 @app.command()
 def up(
     state: Annotated[Path, typer.Option(help="The folder that keeps everything.")] = Path(".lockstep"),
-    port: Annotated[int | None, typer.Option(help="Of the API; 8700. 0 takes any free one.")] = None,
-    dashboard_port: Annotated[int | None, typer.Option(help="Of Ray's dashboard; 8265.")] = None,
-    s3_port: Annotated[int | None, typer.Option(help="Of the S3 server; 9000.")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Of the control plane's metrics; 8701.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Of the API; 8700. 0 takes any free one.")] = None,
+    dashboard_port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Of Ray's dashboard; 8265.")] = None,
+    s3_port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Of the S3 server; 9000.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Of the control plane's metrics; 8701.")
+    ] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs that Ray may use; all.")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Bring the database up to the bucket first.")] = False,
 ) -> None:
     """Run an S3 server, Ray and the control plane on this machine until Ctrl-C."""
-    from service.stack import UpError
     from service.up import Options
     from service.up import up as run
 
@@ -50,11 +54,7 @@ def up(
         cpus=cpus or os.cpu_count() or 1,
         rebuild=rebuild,
     )
-    try:
-        raise typer.Exit(run(options))
-    except UpError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from error
+    raise typer.Exit(run(options))
 
 
 @app.command()
@@ -67,13 +67,13 @@ def serve(
     from service.in_use import serving
     from service.metrics import MetricsPortBusy
     from service.server import Server
-    from service.settings import Settings
+    from service.settings import read_settings
 
-    settings = Settings()
+    settings = read_settings()
     logs.configure(settings, os.environ)
     if rebuild:
         _show(_rebuild())  # what is damaged is named in the log, and keeps nobody else waiting
-    with told(), serving(settings.database_url):
+    with serving(settings.database_url):
         server = Server(create_app(settings), settings)
         try:
             with suppress(KeyboardInterrupt):
@@ -90,10 +90,12 @@ def serve(
 def migrate() -> None:
     """Bring the database to the newest schema."""
     from service.database import migrate as migrate_database
-    from service.settings import Settings
+    from service.database import schema, sqlite_path
+    from service.settings import read_settings
 
-    with told():
-        migrate_database(Settings().database_url)
+    url = read_settings().database_url
+    migrate_database(url)
+    print(f"{sqlite_path(url) or 'The database'} has schema {schema(url)}.")
 
 
 @app.command()
@@ -103,11 +105,11 @@ def backup(
 ) -> None:
     """Save the embedded database to a file, while the control plane runs."""
     from service.backup import backup as save
-    from service.settings import Settings
+    from service.settings import read_settings
 
-    with told():
-        contents = save(Settings().database_url, file, force)
-    print(f"{file}: {contents.jobs} jobs, schema {contents.revision}; it holds hashes of API keys, so keep it private")
+    contents = save(read_settings().database_url, file, force)
+    held = counted(contents.jobs, "job")
+    print(f"{file}: {held}, schema {contents.revision}; it holds hashes of API keys, so keep it private")
 
 
 @app.command()
@@ -121,12 +123,11 @@ def restore(
     from api.documents import now
     from api.storage import Bucket
     from service.backup import restore as put_back
-    from service.settings import Settings
+    from service.settings import read_settings
 
-    settings = Settings()
-    with told():
-        store = Bucket(settings.storage) if bucket else None
-        aside, outcome = put_back(settings.database_url, file, store, now(), _say)
+    settings = read_settings()
+    store = Bucket(settings.storage) if bucket else None
+    aside, outcome = put_back(settings.database_url, file, store, now(), _say)
     if aside is not None:
         print(f"the database of before is {aside}")
     print("API keys that were revoked since the backup are valid again: see `lockstep-server keys list`")
@@ -171,11 +172,11 @@ def _rebuild() -> "Outcome":
     from service.database import migrate as migrate_database
     from service.in_use import alone
     from service.rebuild import rebuild as run
-    from service.settings import Settings
+    from service.settings import read_settings
     from service.store import Store
 
-    settings = Settings()
-    with told(), alone(settings.database_url):
+    settings = read_settings()
+    with alone(settings.database_url):
         migrate_database(settings.database_url)
         engine = make_engine(settings.database_url)
         try:

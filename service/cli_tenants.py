@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from api import names
 from api.documents import now
-from api.errors import LockstepError
 from api.layout import PROJECT
 from api.tenants import MEMBER, KeyRequest, Quotas, Role
 from api.words import plain, seconds
+from service.cli_base import give_up
 
 if TYPE_CHECKING:
     from service.audit import Author
@@ -36,7 +36,7 @@ def create_project(name: Name) -> None:
     try:
         _NAME.validate_python(name)
     except ValidationError:
-        _give_up(f"{name[:60]!r} is not allowed; use small letters, digits and dashes, 47 at most")
+        give_up(f"{name[:60]!r} is not allowed; use small letters, digits and dashes, 47 at most")
     with _tenants() as (tenants, operator):
         tenants.create_project(name, operator)
     print(f"Created. Next: lockstep-server keys create --project {name} --role admin --name <whose>")
@@ -48,8 +48,7 @@ def list_projects() -> None:
     with _tenants() as (tenants, _):
         for project in tenants.projects():
             state = f"archived {project.archived_at:%F %T}" if project.archived_at else "open"
-            given = [f"{name}={value}" for name, value in project.quotas.model_dump().items() if value is not None]
-            print(f"{project.name}  {project.created_at:%F %T}  {state}  {' '.join(given) or 'no quotas'}")
+            print(f"{project.name}  {project.created_at:%F %T}  {state}  {_given(project.quotas)}")
 
 
 @projects.command("quota")
@@ -66,7 +65,7 @@ def set_quota(
         for limit in limits:
             kind, _, value = limit.partition("=")
             if kind not in Quotas.model_fields or not (re.fullmatch(r"-?[0-9]{1,30}", value) or value == "none"):
-                _give_up(
+                give_up(
                     f"{limit[:60]!r} is no quota; write NAME=NUMBER or NAME=none, of {', '.join(Quotas.model_fields)}"
                 )
             given[kind] = None if value == "none" else int(value)
@@ -75,13 +74,17 @@ def set_quota(
         except ValidationError as error:
             _refuse(error)
         tenants.set_quotas(name, quotas, operator)
+        print(f"Project {name} has {_given(tenants.project(name).quotas)} now.")
 
 
 @projects.command("archive")
 def archive_project(name: Name) -> None:
     """Close a project: its keys open nothing any more. What it stored stays. Its jobs must have ended."""
+    if name == PROJECT:
+        give_up(f"project {PROJECT} cannot be archived: the bootstrap key, the operator's own, is of it")
     with _tenants() as (tenants, operator):
         tenants.archive(name, True, operator)
+    print(f"Archived {name}: its keys open nothing, until you run lockstep-server projects restore {name}")
 
 
 @projects.command("restore")
@@ -89,6 +92,7 @@ def restore_project(name: Name) -> None:
     """Open an archived project again."""
     with _tenants() as (tenants, operator):
         tenants.archive(name, False, operator)
+    print(f"Project {name} is open: its keys work.")
 
 
 @members.command("add")
@@ -97,9 +101,11 @@ def add_member(
 ) -> None:
     """Make somebody a member of a project, or give a member another role."""
     if not re.fullmatch(MEMBER, member):
-        _give_up(f"{member[:70]!r} is not allowed; use letters, digits and . _ @ + -, 64 at most")
+        give_up(f"{member[:70]!r} is not allowed; use letters, digits and . _ @ + -, 64 at most")
     with _tenants() as (tenants, operator):
+        _refuse_archived(tenants, project)
         tenants.put_member(project, member, role, operator)
+    print(f"{member} is {role} in project {project} now.")
 
 
 @members.command("list")
@@ -115,6 +121,7 @@ def remove_member(member: MemberName, project: InProject = PROJECT) -> None:
     """Take somebody out of a project, and end their keys."""
     with _tenants() as (tenants, operator):
         tenants.remove_member(project, member, operator)
+    print(plain(f"Removed {member} from project {project}; their keys open nothing any more."))
 
 
 @keys.command("create")
@@ -141,6 +148,7 @@ def create_key(
     except ValidationError as error:
         _refuse(error)
     with _tenants() as (tenants, author):
+        _refuse_archived(tenants, project)
         made = create(tenants, wanted, project, author, operator=operator)
     print(made.key)
     print(f"{made.id}: shown this once; send it as `Authorization: Bearer <key>`", file=sys.stderr)
@@ -167,56 +175,51 @@ def revoke_key(key_id: str) -> None:
     """End an API key at once."""
     with _tenants() as (tenants, operator):
         tenants.revoke_key(key_id, operator)
+    print(plain(f"Revoked {key_id}."))
 
 
 def _seconds(text: str | None) -> int | None:
     try:
         return None if text is None else seconds(text)
     except ValueError as error:
-        _give_up(str(error))
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """Tell what is configured wrong, an error of ours, or the database's in one sentence; the exit code is 1."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except ValidationError as error:
-        _refuse(error)
-    except LockstepError as error:
-        _give_up(str(error))
-    except SQLAlchemyError as error:
-        why = " ".join(str(getattr(error, "orig", None) or error).split())
-        _give_up(f"the database does not answer; check LOCKSTEP_DATABASE_URL: {why}")
+        give_up(str(error))
 
 
 @contextmanager
 def _tenants() -> "Iterator[tuple[Tenants, Author]]":
-    """Open the database."""
+    """Open the database, which must be there."""
     from service.audit import OPERATOR
-    from service.database import make_engine, migrate
-    from service.settings import Settings
+    from service.database import make_engine, migrate, refuse_missing
+    from service.settings import read_settings
     from service.tenants import Tenants
 
-    with told():
-        url = Settings().database_url
-        migrate(url)
-        engine = make_engine(url)
-        try:
-            yield Tenants(engine), OPERATOR
-        finally:
-            engine.dispose()
+    url = read_settings().database_url
+    refuse_missing(url)
+    migrate(url)
+    engine = make_engine(url)
+    try:
+        yield Tenants(engine), OPERATOR
+    finally:
+        engine.dispose()
+
+
+def _given(quotas: Quotas) -> str:
+    """Write a project's quotas as the command takes them."""
+    limits = quotas.model_dump().items()
+    return " ".join(f"{name}={value}" for name, value in limits if value is not None) or "no quotas"
+
+
+def _refuse_archived(tenants: "Tenants", project: str) -> None:
+    """Give up where what is to be made would open nothing."""
+    if tenants.project(project).archived_at is not None:
+        give_up(
+            f"project {project} is archived, so its keys open nothing; first: "
+            f"lockstep-server projects restore {project}"
+        )
 
 
 def _refuse(error: ValidationError) -> NoReturn:
     """Give up because of the first thing that is wrong with what was given."""
     fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    _give_up(f"{where}: {fault['msg'][:1].lower()}{fault['msg'][1:]}".removeprefix(": "))
-
-
-def _give_up(why: str) -> NoReturn:
-    print(plain(why), file=sys.stderr)
-    raise typer.Exit(1)
+    where, message = ".".join(str(part) for part in fault["loc"]), fault["msg"].removeprefix("Value error, ")
+    give_up(f"{where}: {message[:1].lower()}{message[1:]}".removeprefix(": "))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.exc import DataError, IntegrityError
+
+from api.errors import LockstepError
 
 logger = logging.getLogger("lockstep.service")
 
@@ -28,21 +31,60 @@ def migrate(database_url: str, revision: str = "head") -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["url"] = database_url
+    _make_file(database_url)
     if _is_known(config, database_url):
         command.upgrade(config, revision)
 
 
 def _is_known(config: Config, database_url: str) -> bool:
     """Whether the schema of a database is one that this release can have made or can bring up to date."""
-    engine = make_engine(database_url)
-    with engine.begin() as connection:
-        revision = MigrationContext.configure(connection).get_current_revision()
-    engine.dispose()
+    revision = schema(database_url)
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if revision is None or revision in known:
         return True
     logger.warning("the database has schema %s of a newer release; it is left as it is", revision)
     return False
+
+
+def schema(database_url: str) -> str | None:
+    """Return the revision of a database's schema, None if it has none."""
+    engine = make_engine(database_url)
+    try:
+        with engine.begin() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
+    finally:
+        engine.dispose()
+
+
+def sqlite_path(database_url: str) -> Path | None:
+    """Return the file of an embedded database, None for another one or one in memory."""
+    url = sa.make_url(database_url)
+    named = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)).absolute() if named else None
+
+
+def refuse_missing(database_url: str) -> None:
+    """LockstepError if the file of an embedded database is not there, for who would work on an empty one by mistake."""
+    path = sqlite_path(database_url)
+    if path is not None and not path.exists():
+        raise LockstepError(
+            f"there is no database {path}; set LOCKSTEP_DATABASE_URL to the one that is served, or make this one: "
+            "lockstep-server migrate"
+        )
+
+
+def _make_file(database_url: str) -> None:
+    """Make the file of an embedded database that is not there, for its owner only: it will hold hashes of keys.
+
+    What SQLite itself would make, everybody may read. It gives the mode to the files beside it, too.
+    """
+    path = sqlite_path(database_url)
+    if path is None or path.exists():
+        return
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise LockstepError(f"{path} cannot be made: {error.strerror}; check LOCKSTEP_DATABASE_URL") from error
 
 
 def make_engine(database_url: str) -> sa.Engine:

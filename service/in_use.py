@@ -5,12 +5,11 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import sqlalchemy as sa
 
 from api.errors import LockstepError
-from service.database import make_engine
+from service.database import make_engine, sqlite_path
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """What a file system says that knows no locks."""
@@ -18,13 +17,6 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 class DatabaseInUse(LockstepError):
     """Somebody else works on the database."""
-
-
-def sqlite_path(database_url: str) -> Path | None:
-    """Return the file of an embedded database, None for another one or one in memory."""
-    url = sa.make_url(database_url)
-    named = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
-    return Path(str(url.database)).absolute() if named else None
 
 
 @contextmanager

@@ -4,8 +4,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from api.errors import LockstepError, faults_of
 
 
 class NodeGroup(BaseModel):
@@ -30,7 +35,7 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
-    port: int = 8700
+    port: int = Field(default=8700, ge=0, le=65_535)
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     """Where Prometheus may scrape the control plane, on the same host; unset, nowhere. It asks for no key."""
     trusted_hosts: Annotated[tuple[str, ...], NoDecode] = ()
@@ -133,7 +138,7 @@ class Settings(BaseSettings):
             raise ValueError("set LOCKSTEP_DATABASE_URL or LOCKSTEP_DATABASE_URL_PATH, not both")
         try:
             return values | {"database_url": Path(path).read_text().strip()}
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"LOCKSTEP_DATABASE_URL_PATH names a file that cannot be read: {error}") from error
 
     @field_validator("storage")
@@ -148,6 +153,12 @@ class Settings(BaseSettings):
     def _database_is_one_that_we_know(cls, value: str) -> str:
         if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
             raise ValueError("set LOCKSTEP_DATABASE_URL to sqlite:///file or postgresql://user@host/database")
+        try:
+            make_url(value)
+        except (ArgumentError, ValueError):  # it would show part of the password
+            raise ValueError(
+                "LOCKSTEP_DATABASE_URL is no URL; in its password, write @, :, / and % as %40, %3A, %2F and %25"
+            ) from None
         return value
 
     @field_validator("ray_dashboard_url", "grafana_url")
@@ -172,3 +183,20 @@ class Settings(BaseSettings):
                 f"({self.start_deadline:g} s); raise it"
             )
         return self
+
+
+class WrongSettings(LockstepError):
+    """What is wrong with the first setting that is."""
+
+
+def read_settings(**given: Any) -> Settings:
+    """Return the settings of the environment, with those that are given in their place. Raises WrongSettings."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = faults_of([first])[0].message
+        named = "LOCKSTEP_" in message
+        raise WrongSettings(message if named else f"LOCKSTEP_{str(first['loc'][0]).upper()}: {message}") from None
+    except SettingsError as error:  # it was to be JSON
+        raise WrongSettings(f"the settings cannot be read: {error}") from None

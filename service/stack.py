@@ -210,8 +210,8 @@ def _storage_environment(plan: Plan) -> dict[str, str]:
 
 
 def _common_environment(plan: Plan, base: Mapping[str, str]) -> dict[str, str]:
-    """The user's environment, less what would point a child at another store, cluster or control plane."""
-    foreign = ("AWS_", "RCLONE_", "RAY_ADDRESS", "RAY_AUTH_", "LOCKSTEP_URL", "LOCKSTEP_API_KEY")
+    """The user's environment, less what would point a child at another store, cluster, database or control plane."""
+    foreign = ("AWS_", "RCLONE_", "RAY_ADDRESS", "RAY_AUTH_", "LOCKSTEP_URL", "LOCKSTEP_API_KEY", "LOCKSTEP_DATABASE_")
     kept = {name: value for name, value in base.items() if not name.startswith(foreign)}
     past_proxies = ",".join(filter(None, (kept.get("no_proxy") or kept.get("NO_PROXY"), HOST, "localhost")))
     return kept | {

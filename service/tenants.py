@@ -10,6 +10,7 @@ from api.documents import now
 from api.errors import Conflict, Fault, InvalidSpec, NotFound
 from api.jobs import ENDED, JobState, Reason
 from api.tenants import ApiKey, AuditEntry, KeyRequest, Member, Quotas, Role
+from api.words import counted
 from service.audit import Author, read_audit, record
 from service.quotas import refuse_longer_line, refuse_more_jobs
 from service.rows import StoredKey, StoredProject
@@ -64,7 +65,7 @@ class Tenants:
                 jobs.c.project == name, jobs.c.state.not_in([state.value for state in ENDED])
             )
             if archived and (count := connection.execute(alive).scalar_one()):
-                raise Conflict(f"{count} jobs of project {name} have not ended; cancel them first")
+                raise Conflict(f"{counted(count, 'job')} of project {name} must end first: wait, or cancel")
             values = {"archived_at": now() if archived else None}
             connection.execute(projects.update().where(projects.c.name == name).values(values))
             record(connection, by.change(name, "project.archive" if archived else "project.restore", name))

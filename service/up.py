@@ -9,7 +9,7 @@ import shutil
 import string
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,18 @@ from pathlib import Path
 from api.profile import Profile, ProfileError, ProfileMissing, load, profile_path, save
 from service import processes
 from service.processes import StopSignals, Supervisor
-from service.stack import BUCKET, MARKER, Plan, Ports, Programs, UpError, build_children, installed_programs
+from service.settings import read_settings
+from service.stack import (
+    BUCKET,
+    MARKER,
+    Plan,
+    Ports,
+    Programs,
+    UpError,
+    build_children,
+    control_plane_environment,
+    installed_programs,
+)
 
 _LONGEST_TEMPORARY = 24
 """Bytes. Ray adds about 80 for its socket paths, and the system allows 107."""
@@ -56,6 +67,9 @@ def up(options: Options) -> int:
             ray_folder=ray_folder(state),
             rebuild=options.rebuild,
         )
+        read_settings(**control_plane_settings(plan))  # rather than have it end at each start
+        if (unused := other_database(state, os.environ)) is not None:
+            say(unused)
         announce(plan.url)
         return _run(plan, say, signals, subreaper)
 
@@ -208,6 +222,27 @@ def fresh_private_folder(folder: Path) -> None:
         folder.mkdir(mode=0o700)
     except OSError as error:
         raise UpError(f"Ray's folder {folder} cannot be made: {error.strerror}.") from error
+
+
+# What the user has set
+
+
+def control_plane_settings(plan: Plan) -> dict[str, str | None]:
+    """Return the control plane's settings that are ours to choose, by their names there."""
+    ours = control_plane_environment(plan, {}).items()
+    chosen = {name.removeprefix("LOCKSTEP_").lower(): value for name, value in ours if name.startswith("LOCKSTEP_")}
+    del chosen[MARKER.removeprefix("LOCKSTEP_").lower()]
+    return chosen | {"database_url_path": None}
+
+
+def other_database(state: Path, environ: Mapping[str, str]) -> str | None:
+    """Say that a database which the environment names is not used; None if it is ours, or there is none."""
+    ours = state / "lockstep.db"
+    given = environ.get("LOCKSTEP_DATABASE_URL", "")
+    named = next((name for name in ("LOCKSTEP_DATABASE_URL", "LOCKSTEP_DATABASE_URL_PATH") if environ.get(name)), None)
+    if named is None or os.path.realpath(given.removeprefix("sqlite:///")) == os.path.realpath(ours):
+        return None
+    return f"{named} is not used: `up` keeps its own database, {ours}; `lockstep-server serve` is for another"
 
 
 # Ports and programs

@@ -20,6 +20,7 @@ from api.jobs import Reason
 from api.layout import DatasetLayout
 from api.prepare_spec import PrepareSpec
 from api.storage import Bucket
+from api.words import counted
 from workers.attempt import NOT_OURS, Attempt, claim, log_to_stderr, parse_arguments
 from workers.control import Control, Halt
 from workers.corpus import TextDocument, read_documents, split
@@ -75,7 +76,7 @@ def prepare(job: JobDocument, spec: PrepareSpec, segment: Segment, control: Cont
     documents = read_documents(spec, job.project, segment.bucket)
     parts = split(documents, spec)
     size = sum(len(document.text.encode()) for document in documents)
-    done(segment, control, 1, f"read {len(documents)} documents, {size / 1e6:.1f} MB")
+    done(segment, control, 1, f"read {counted(len(documents), 'document')}, {size / 1e6:.1f} MB")
 
     tokenizer = train_tokenizer(spec.tokenizer, (document.text for document in parts["train"]))
     vocab_size = tokenizer.get_vocab_size()
@@ -89,7 +90,9 @@ def prepare(job: JobDocument, spec: PrepareSpec, segment: Segment, control: Cont
         tokens[name] = np.concatenate(list(encode(tokenizer, [document.text for document in part])))
         shards = write_shards(segment.bucket, layout, name, tokens[name], dtype, spec.shard_tokens, control)
         splits[name] = describe_split(part, tokens[name], shards)
-        done(segment, control, step, f"{name}: {len(tokens[name]):,} tokens in {len(shards)} shards")
+        done(
+            segment, control, step, f"{name}: {counted(len(tokens[name]), 'token')} in {counted(len(shards), 'shard')}"
+        )
 
     dataset = DatasetDocument(
         name=spec.dataset,

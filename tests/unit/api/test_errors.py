@@ -106,6 +106,8 @@ def test_the_fields_of_a_source_are_known_whatever_its_type() -> None:
 def test_all_faults_are_listed_but_not_their_consequences() -> None:
     found = faults({"name": "tiny", "data": {"dataset": "Words"}, "model": {"layers": 2}})
     assert [fault.path for fault in found] == ["$.data.dataset", "$.model.width"]
+    found = faults(SPEC | {"model": {"size": "9000b", "heads": 0}})
+    assert [fault.path for fault in found] == ["$.model.size", "$.model.heads"], "the size would give the others"
 
 
 def test_a_body_that_fastapi_found_at_fault_has_the_same_paths() -> None:

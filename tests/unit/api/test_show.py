@@ -454,3 +454,8 @@ def test_watch_returns_the_last_state_of_the_job() -> None:
     assert last is not None
     assert last.state == "succeeded"
     assert show.watch(console, []) is None
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 jobs"), (1, "1 job"), (2, "2 jobs"), (12_000, "12,000 jobs")])
+def test_one_thing_is_not_several(count: int, text: str) -> None:
+    assert words.counted(count, "job") == text

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from api.errors import LockstepError
 from service.backup import BackupError, Contents, backup, check, known_revisions, restore
 from service.database import make_engine, migrate
 from service.in_use import DatabaseInUse, alone, serving
@@ -78,6 +79,30 @@ def test_a_file_that_is_there_is_replaced_only_when_that_is_said(store: Store, u
         backup(url, link, overwrite=False)
 
 
+@pytest.mark.parametrize(
+    "name", ["lockstep.db", "lockstep.db-wal", "lockstep.db-shm", "lockstep.db.lock", "link", "same", "way/lockstep.db"]
+)
+def test_a_backup_never_replaces_the_database_that_it_saves(store: Store, url: str, tmp_path: Path, name: str) -> None:
+    """A control plane would go on in a file without a name, and lose all when it ends."""
+    database = tmp_path / "lockstep.db"
+    (tmp_path / "link").symlink_to(database)
+    (tmp_path / "same").hardlink_to(database)
+    (tmp_path / "way").symlink_to(tmp_path)
+    inode = database.stat().st_ino
+    with pytest.raises(BackupError, match="is the database itself, or belongs to it; choose another name"):
+        backup(url, tmp_path / name, overwrite=True)
+    assert database.stat().st_ino == (tmp_path / "same").stat().st_ino == inode
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_backup_goes_to_a_file_and_nowhere_else(store: Store, url: str, tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BackupError, match=r"folder is a folder or a device; name a file$"):
+        backup(url, tmp_path / "folder", overwrite)
+    with pytest.raises(BackupError, match="/dev/null is a folder or a device"):
+        backup(url, Path("/dev/null"), overwrite)
+
+
 def test_a_backup_is_one_file_that_can_be_read_where_nothing_can_be_written(
     store: Store, url: str, tmp_path: Path
 ) -> None:
@@ -88,7 +113,7 @@ def test_a_backup_is_one_file_that_can_be_read_where_nothing_can_be_written(
 
 
 def test_a_backup_of_nothing_is_refused_and_makes_no_database(tmp_path: Path) -> None:
-    with pytest.raises(BackupError, match="there is no database"):
+    with pytest.raises(LockstepError, match="there is no database"):
         backup(f"sqlite:///{tmp_path / 'none.db'}", tmp_path / "saved", overwrite=False)
     assert os.listdir(tmp_path) == []
 

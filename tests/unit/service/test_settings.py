@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, WrongSettings, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +38,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("LOCKSTEP_DATABASE_URL_PATH", str(tmp_path / "none"))
     with pytest.raises(ValidationError, match=f"LOCKSTEP_DATABASE_URL_PATH .*{tmp_path / 'none'}"):
         Settings()
+
+
+def test_a_file_that_is_no_text_is_told_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "url").write_bytes(b"\xff\xfe")
+    monkeypatch.setenv("LOCKSTEP_DATABASE_URL_PATH", str(tmp_path / "url"))
+    with pytest.raises(WrongSettings, match=r"^LOCKSTEP_DATABASE_URL_PATH names a file that cannot be read: 'utf-8'"):
+        read_settings()

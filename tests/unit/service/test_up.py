@@ -12,6 +12,7 @@ import pytest
 from service import processes, stack
 from service import up as up_module
 from service.processes import Child, GaveUp, Restarts, StopSignals, Supervisor
+from service.settings import WrongSettings, read_settings
 from service.stack import Plan, Ports, Programs, UpError
 from service.up import Options
 
@@ -170,6 +171,23 @@ def test_control_plane_is_told_where_everything_is(plan: Plan) -> None:
     assert environment["LOCKSTEP_RAY_ADDRESS"] == "http://127.0.0.1:2"
     assert environment["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:3"
     assert environment["LOCKSTEP_WORKER_PYTHON"] == sys.executable
+
+
+def test_the_users_own_database_reaches_no_control_plane(plan: Plan) -> None:
+    own = {"LOCKSTEP_DATABASE_URL": "postgresql://db/x", "LOCKSTEP_DATABASE_URL_PATH": "/etc/url"}
+    environment = stack.control_plane_environment(plan, own)
+    assert environment["LOCKSTEP_DATABASE_URL"] == f"sqlite:///{plan.state}/lockstep.db"
+    assert "LOCKSTEP_DATABASE_URL_PATH" not in environment
+
+
+def test_a_wrong_setting_is_found_before_anything_is_started(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCKSTEP_DATABASE_URL", "LOCKSTEP_DATABASE_URL_PATH", "LOCKSTEP_STORAGE", "LOCKSTEP_PORT"):
+        monkeypatch.setenv(name, "not ours to read")
+    settings = read_settings(**up_module.control_plane_settings(plan))
+    assert (settings.database_url, settings.port) == (f"sqlite:///{plan.state}/lockstep.db", 1)
+    monkeypatch.setenv("LOCKSTEP_LEASE_SECONDS", "many")
+    with pytest.raises(WrongSettings, match=r"^LOCKSTEP_LEASE_SECONDS: input should be a valid number"):
+        read_settings(**up_module.control_plane_settings(plan))
 
 
 def test_a_person_is_told_both_places_to_scrape(plan: Plan, tmp_path: Path) -> None:
