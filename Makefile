@@ -29,7 +29,7 @@ unit: .venv/dev
 	$(BIN)/pytest -n 2 tests/unit tests/chart
 
 test-chart: .venv/dev
-	$(BIN)/pytest tests/chart
+	$(BIN)/pytest -rs tests/chart
 
 # What the tests start beside Python packages. Where it is missing and this is not root, they skip and say so.
 servers:

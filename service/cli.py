@@ -61,7 +61,7 @@ def up(
 def serve(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Bring the database up to the bucket first.")] = False,
 ) -> None:
-    """Run the control plane alone; LOCKSTEP_ variables configure it."""
+    """Run the control plane alone; LOCKSTEP_ variables configure it, and docs/settings.md lists them."""
     from service import logs
     from service.app import create_app
     from service.in_use import serving

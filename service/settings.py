@@ -35,7 +35,9 @@ class Settings(BaseSettings):
     )
 
     host: str = "127.0.0.1"
+    """The address on which the API listens; 0.0.0.0 for all of the machine's."""
     port: int = Field(default=8700, ge=0, le=65_535)
+    """Of the API."""
     metrics_port: int | None = Field(default=None, ge=1, le=65_535)
     """Where Prometheus may scrape the control plane, on the same host; unset, nowhere. It asks for no key."""
     trusted_hosts: Annotated[tuple[str, ...], NoDecode] = ()
@@ -65,6 +67,7 @@ class Settings(BaseSettings):
     worker_python: str = "python"
     """The interpreter in Ray's environment that has our workers installed."""
     max_body_bytes: int = 256 * 1024
+    """Largest body of a request that is taken."""
     reconcile_interval: float = 1.0
     """Between two looks at every live job."""
     request_timeout: float = 5.0
@@ -86,7 +89,7 @@ class Settings(BaseSettings):
     resize_interval: float = 300.0
     """Least time that an attempt of flexible size runs before it is restarted with more workers."""
     addable_nodes: list[NodeGroup] = Field(default_factory=list)
-    """Machines that may be added when jobs need them, as JSON: [{"max": 4, "resources": {"CPU": 8, "GPU": 1}}]."""
+    """Machines that may be added when jobs need them, as JSON: `[{"max": 4, "resources": {"CPU": 8, "GPU": 1}}]`."""
     live_interval: float = 1.0
     """Between two looks of a live stream at what is new."""
     live_keep_alive: float = 15.0

@@ -120,6 +120,7 @@ def table(plan: Plan, profile: Path) -> str:
             f"  Metrics        {plan.metrics}   (control plane; for Prometheus)",
             f"  Ray metrics    {plan.ray_metrics}   (training jobs and Ray; on every interface)",
             f"  State          {plan.state}",
+            f"  Ray's folder   {plan.ray_folder}   (its logs and sockets; gone once it stops)",
             f"  Profile        {profile}",
             "",
             "Ctrl-C stops everything",

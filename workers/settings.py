@@ -24,6 +24,7 @@ class WorkerSettings:
     """Clocks are settings, so that tests can run short forms. All in seconds."""
 
     storage: str = field(default_factory=lambda: os.environ["LOCKSTEP_STORAGE"])
+    """The bucket, as the control plane has it: s3://bucket/prefix."""
     # Whoever else could write there gains nothing: a block counts only with the right hash.
     cache: Path = field(default_factory=lambda: Path(os.environ.get("LOCKSTEP_CACHE", "/tmp/lockstep-cache")))  # nosec B108
     """Where blocks of token shards are kept: a folder on a local disk, shared by all ranks and jobs of the machine."""

@@ -94,6 +94,7 @@ BY_SCHEMA: list[tuple[Object, str]] = [
     ({"storage": {"endpoint": "s3.internal"}}, "at '/storage/endpoint'"),
     ({"database": {"url": "mysql://a@b/c"}}, "at '/database/url'"),
     ({"database": {"url": "postgresql://a:password@b/c"}}, "at '/database/url'"),
+    ({"database": {"url": "postgresql://a@b/c/d"}}, "at '/database/url'"),
     ({"apiKey": {"key": "api key"}}, "at '/apiKey/key': 'api key' does not match pattern"),
     ({"database": {"urlKey": "a: b"}}, "at '/database/urlKey'"),
     ({"images": {"service": {"digest": "sha256:12"}}}, "at '/images/service/digest'"),
@@ -118,6 +119,15 @@ def test_what_cannot_work_is_refused(change: Object, sentence: str) -> None:
     with pytest.raises(helm_python.HelmError) as refusal:
         render(change | {"storage": {"url": "s3://models"} | change.get("storage", {})})
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "query", ["?sslmode=verify-full&sslrootcert=/etc/ssl/certs/ca.pem", "?options=-c%20work_mem=8MB"]
+)
+def test_a_database_url_may_have_parameters(query: str) -> None:
+    url = f"postgresql://lockstep@db.internal:5432/lockstep{query}"
+    plane = pod(render({"storage": {"url": "s3://models"}, "database": {"url": url}}), "Deployment/lockstep")
+    assert environment(plane.containers[0])["LOCKSTEP_DATABASE_URL"] == url
 
 
 def test_names_of_a_gateway_may_be_those_of_the_api_alone() -> None:

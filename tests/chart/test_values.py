@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 
+import pytest
 import yaml
 
 from tests.chart.chart import CHART, Object, named, objects_of, render_files, values_of
@@ -43,6 +44,22 @@ def test_the_notes_name_what_is_there() -> None:
     assert "lockstep" in named(objects_of("existing-secrets"), "Service")
     assert "raycluster" not in render_files(values_of("existing-ray"))["lockstep/templates/NOTES.txt"]
     assert "https://lockstep.example.com" in render_files(values_of("production"))["lockstep/templates/NOTES.txt"]
+
+
+@pytest.mark.parametrize(
+    ("hostnames", "told"),
+    [
+        (["lockstep.example.com"], "LOCKSTEP_URL=https://lockstep.example.com "),
+        (["*.example.com", "lockstep.example.com"], "LOCKSTEP_URL=https://lockstep.example.com "),
+        (["*.example.com"], "LOCKSTEP_URL=http://127.0.0.1:8700"),
+    ],
+)
+def test_the_notes_lead_through_the_gateway_by_a_name_that_one_can_ask_for(hostnames: list[str], told: str) -> None:
+    values = values_of("gateway")
+    texts = render_files(values | {"httpRoute": values["httpRoute"] | {"hostnames": hostnames}})
+    notes = texts["lockstep/templates/NOTES.txt"]
+    assert told in notes
+    assert ("port-forward service/lockstep " in notes) == ("127.0.0.1" in told)
 
 
 def _paths_of_defaults(values: Object, above: str = "") -> Iterator[str]:

@@ -33,7 +33,7 @@ tolerations: {{- toYaml . | nindent 2 }}
 affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -80,18 +80,18 @@ priorityClassName: {{ . }}
 {{- with include "lockstep.storageSecret" . }}
 - name: storage-credentials
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     defaultMode: 0440
     items:
-      - key: {{ $.Values.storage.credentials.key }}
+      - key: {{ $.Values.storage.credentials.key | quote }}
         path: credentials
 {{- end }}
 {{- with .Values.storage.ca.existingConfigMap }}
 - name: storage-ca
   configMap:
-    name: {{ . }}
+    name: {{ . | quote }}
     items:
-      - key: {{ $.Values.storage.ca.key }}
+      - key: {{ $.Values.storage.ca.key | quote }}
         path: ca.crt
 {{- end }}
 {{- end -}}
@@ -117,8 +117,8 @@ libpq reads PGPASSWORD by itself; one with a password is a file.
 - name: PGPASSWORD
   valueFrom:
     secretKeyRef:
-      name: {{ . }}
-      key: {{ $database.existingSecret | empty | ternary "password" $database.passwordKey }}
+      name: {{ . | quote }}
+      key: {{ $database.existingSecret | empty | ternary "password" $database.passwordKey | quote }}
 {{- end }}
 {{- end }}
 {{- if $database.ca.existingConfigMap }}
@@ -146,18 +146,18 @@ libpq reads PGPASSWORD by itself; one with a password is a file.
 {{- with .Values.database.urlKey }}
 - name: database-url
   secret:
-    secretName: {{ $.Values.database.existingSecret }}
+    secretName: {{ $.Values.database.existingSecret | quote }}
     defaultMode: 0440
     items:
-      - key: {{ . }}
+      - key: {{ . | quote }}
         path: url
 {{- end }}
 {{- with .Values.database.ca.existingConfigMap }}
 - name: database-ca
   configMap:
-    name: {{ . }}
+    name: {{ . | quote }}
     items:
-      - key: {{ $.Values.database.ca.key }}
+      - key: {{ $.Values.database.ca.key | quote }}
         path: ca.crt
 {{- end }}
 {{- end -}}
@@ -177,7 +177,7 @@ libpq reads PGPASSWORD by itself; one with a password is a file.
 - name: LOCKSTEP_BOOTSTRAP_KEY_PATH
   value: /etc/lockstep/api-key/api-key
 - name: LOCKSTEP_WORKER_PYTHON
-  value: {{ .Values.ray.python }}
+  value: {{ .Values.ray.python | quote }}
 {{- if and .Values.ray.enabled .Values.ray.autoscaling.enabled }}
 - name: LOCKSTEP_ADDABLE_NODES
   value: {{ include "lockstep.addableNodes" . | quote }}

@@ -76,13 +76,13 @@
     volumeClaimTemplate:
       spec:
         accessModes: [ReadWriteOnce]
-        storageClassName: {{ .Values.ray.cache.storageClass }}
+        storageClassName: {{ .Values.ray.cache.storageClass | quote }}
         resources:
           requests:
-            storage: {{ .Values.ray.cache.size }}
+            storage: {{ .Values.ray.cache.size | quote }}
   {{- else }}
   emptyDir:
-    sizeLimit: {{ .Values.ray.cache.size }}
+    sizeLimit: {{ .Values.ray.cache.size | quote }}
   {{- end }}
 {{- end -}}
 

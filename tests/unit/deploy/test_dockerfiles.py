@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,6 +159,18 @@ def test_what_the_control_plane_has_ray_run_is_in_the_workers_image() -> None:
     assert Settings.model_fields["worker_python"].default == "python"
     assert read_dockerfile("Dockerfile.worker").final.environment["PATH"].startswith("/opt/lockstep/bin:")
     assert all(find_spec(module) for module in ("workers.main", "workers.prepare"))
+
+
+def test_a_login_shell_finds_ray_too(tmp_path: Path) -> None:
+    """KubeRay's operator starts one if it is told to; what Debian's /etc/profile does is done here by hand."""
+    (line,) = (found.text for found in read_dockerfile("Dockerfile.worker").final.all("RUN"))
+    command = next(part for part in line.split(" && ") if "/etc/profile.d/" in part)
+    written = command.replace("/etc/profile.d/", f"{tmp_path}/")
+    shell = f"PATH=/usr/local/bin:/usr/bin:/bin; for file in {tmp_path}/*.sh; do . $file; done; echo $PATH"
+    subprocess.run(["/bin/sh", "-euc", written], check=True)
+    told = subprocess.run(["/bin/bash", "-euc", shell], check=True, capture_output=True, text=True).stdout
+    assert told.split(":")[0] == "/opt/lockstep/bin"
+    assert told.strip().endswith(":/usr/local/bin:/usr/bin:/bin")
 
 
 @pytest.mark.parametrize("name", OURS)
