@@ -244,8 +244,10 @@ class Supervisor:
             if child.process is not None:
                 child.process.poll()
         deadline = time.monotonic() + grace
-        while not self._reap_orphans() and time.monotonic() < deadline:
+        self._reap_orphans()
+        while self._zombies() and time.monotonic() < deadline:
             time.sleep(TICK / 2)
+            self._reap_orphans()
         return left
 
     def _look_at(self, child: Child) -> None:
@@ -298,16 +300,37 @@ class Supervisor:
     def _descendants(self) -> list[psutil.Process]:
         return psutil.Process().children(recursive=True)
 
-    def _reap_orphans(self) -> bool:
-        """Collect the exit status of processes that became ours when their parents died; False if some of them have
-        ended and not let go yet, as one with much memory and many threads may not for a moment."""
-        own = {child.process.pid for child in self.children if child.process is not None}
-        gone = True
+    def _reap_orphans(self) -> None:
+        """Collect the exit status of processes that became ours when their parents died."""
+        while (pid := _ended_child()) is not None and pid not in self._own():
+            os.waitpid(pid, 0)
+
+    def _zombies(self) -> list[psutil.Process]:
+        """Return the orphans that have ended and not let go yet: of one with much memory and many threads the system
+        shows that a moment before it can be collected."""
+        zombies = []
         for process in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess, ChildProcessError):
-                if process.pid not in own and process.status() == psutil.STATUS_ZOMBIE:
-                    gone &= os.waitpid(process.pid, os.WNOHANG)[0] != 0
-        return gone
+            with suppress(psutil.NoSuchProcess):
+                if process.pid not in self._own() and process.status() == psutil.STATUS_ZOMBIE:
+                    zombies.append(process)
+        return zombies
+
+    def _own(self) -> set[int]:
+        return {child.process.pid for child in self.children if child.process is not None}
+
+
+def _ended_child() -> int | None:
+    """Return a child that has ended, without collecting its exit status; None if there is none.
+
+    A system call: to look at every child's state many times a second takes some percent of a processor.
+    """
+    if sys.platform != "linux":  # no subreaper there, so no orphans
+        return None
+    try:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    return ended.si_pid if ended is not None else None
 
 
 def _session(leader: int) -> list[psutil.Process]:
