@@ -311,11 +311,9 @@ Plan = TrainPlan | PreparePlan
 
 
 class Check(Answer):
-    """One dependency as `/readyz` saw it."""
+    """One dependency as `/readyz` saw it. What is wrong with it is in the server's log: `/readyz` answers strangers."""
 
     status: Literal["ok", "degraded", "failed"]
-    milliseconds: float
-    message: str = ""
 
 
 class Readiness(Answer):

@@ -10,11 +10,13 @@ from starlette.types import Lifespan
 
 from api import __version__
 from api.errors import Problem
+from api.layout import PROJECT
 from api.storage import Bucket, Timeouts
-from service import docs, health, problems, project_routes, routes
+from service import docs, download, health, problems, project_routes, routes
 from service.auth import ensure_key
 from service.database import make_engine, migrate
 from service.guard import ANY_HOST, SafeHeaders, TrustedHosts, hosts_for
+from service.health import Dependencies
 from service.jobs import Jobs
 from service.leases import Leases
 from service.metrics import Measures
@@ -35,6 +37,9 @@ Submit a job; it trains data-parallel on Ray, reads token shards from your bucke
 Send your API key as `Authorization: Bearer <key>`. Every error is `application/problem+json` (RFC 9457).
 """
 
+_KEYS_AT_WORK = 10
+"""How many keys of a project may ask as often as one may; many more may be valid."""
+
 
 def create_app(settings: Settings) -> FastAPI:
     """Return the control plane, its database migrated and its reconciler started with the server."""
@@ -45,7 +50,14 @@ def create_app(settings: Settings) -> FastAPI:
         ensure_key(tenants, settings.bootstrap_key_path)
     bucket = Bucket(settings.storage, Timeouts(connect=2.0, read=settings.storage_timeout, attempts=3))
     ray = RayBackend(settings.ray_address, settings.ray_token_path, settings.request_timeout)
-    measures = Measures(store, lambda: health.look_at(health.checks_of(app.state)))
+    dependencies = Dependencies(
+        {
+            "database": store.ping,
+            "bucket": lambda: bucket.objects(f"{PROJECT}/readyz/"),  # need not exist
+            "ray": ray.session,
+        }
+    )
+    measures = Measures(store, dependencies.seen)
     leases = Leases(engine, settings.lease_seconds)
     reconciler = Reconciler(store, bucket, ray, settings, leases, measures.reconciled.note, measures.note_lost)
     retention = Retention(store, bucket, settings, leases, measures.retained.note)
@@ -67,12 +79,18 @@ def create_app(settings: Settings) -> FastAPI:
     app = make_api(settings.max_body_bytes, lifespan, hosts)
     app.state.store, app.state.tenants, app.state.bucket, app.state.ray = store, tenants, bucket, ray
     app.state.jobs = Jobs(store, bucket, ray, settings)
-    app.state.measures = measures
+    app.state.measures, app.state.dependencies = measures, dependencies
     app.state.streams = Streams(
-        settings.live_interval, settings.live_keep_alive, settings.live_streams, settings.live_streams_per_key
+        settings.live_interval,
+        settings.live_keep_alive,
+        settings.live_streams,
+        settings.live_streams_per_key,
+        settings.live_streams_per_project,
     )
     measures.watch_streams(app.state.streams)
-    app.state.rates = Limiter(Rate(settings.rate_per_minute / 60, settings.rate_burst))
+    app.state.long_answers = download.places(settings.downloads_per_project)
+    each = Rate(settings.rate_per_minute / 60, settings.rate_burst)
+    app.state.rates, app.state.project_rates = Limiter(each), Limiter(each.times(_KEYS_AT_WORK))
     strangers = settings.stranger_rate_per_minute
     app.state.strangers = Limiter(Rate(strangers / 60, ceil(strangers)))
     app.add_middleware(Watched, measures=measures)

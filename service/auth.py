@@ -25,6 +25,8 @@ _MARK = "lk"
 """How every key begins, so that scanners for leaked secrets find it."""
 _TOUCH = timedelta(minutes=1)
 """Between two notes of a key's last use: reads must not become writes."""
+_SHORTEST = 16
+"""Characters of a bootstrap key, which somebody may have made up; ours have 43 behind their prefix."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ def _read_key(path: Path) -> str:
     if not key:
         raise LockstepError(
             f"the file {path}, which LOCKSTEP_BOOTSTRAP_KEY_PATH names, is empty; put an API key into it"
+        )
+    if len(key) < _SHORTEST:
+        raise LockstepError(
+            f"the key in {path}, which LOCKSTEP_BOOTSTRAP_KEY_PATH names, has {len(key)} characters and could be "
+            f"guessed; put one of {_SHORTEST} or more into it, such as what `openssl rand -hex 32` prints"
         )
     return key
 

@@ -1,6 +1,7 @@
-"""Bounds on what a request may hold, beside that on its body: how large its head is, how deep its JSON."""
+"""Bounds on what a request may hold, beside that on its body's size: the size of its head, the depth of its JSON."""
 
 import re
+from codecs import BOM_UTF8
 
 from starlette.types import Scope
 
@@ -20,6 +21,19 @@ def head_fault(scope: Scope) -> HeadersTooLarge | None:
     if size <= HEAD_BYTES:
         return None
     return HeadersTooLarge(f"path, query and headers are {size} bytes; {HEAD_BYTES} is the most")
+
+
+def refuse_encoding(body: bytes) -> None:
+    """BadRequest if a body is in anything but plain UTF-8: Python reads JSON in UTF-16 and UTF-32, too.
+
+    Whoever looks for brackets among those bytes finds other ones. A bracket has a NUL there, and never in UTF-8.
+    """
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest("the body is not in UTF-8; send it so") from error
+    if b"\0" in body or body.startswith(BOM_UTF8):
+        raise BadRequest("the body has NUL bytes or a byte order mark; send plain UTF-8, without either")
 
 
 def refuse_depth(body: bytes) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from time import monotonic
 from typing import Any
 
@@ -14,9 +14,13 @@ from starlette.types import Receive, Scope, Send
 from api.errors import ApiError, LockstepError
 from api.verification import MEDIA_TYPE
 from service.export import File
+from service.rates import Places
 
 Check = Callable[[], object]
 """Raises an ApiError once whoever asked may have no more, their key having ended for instance."""
+Place = AbstractContextManager[None]
+"""Held while an answer is sent; where there is none left, it raises an ApiError in place of the answer."""
+_ANYWHERE = nullcontext()
 
 logger = logging.getLogger("lockstep.service")
 
@@ -35,6 +39,13 @@ LINES: dict[int | str, dict[str, Any]] = {
 """What OpenAPI shall say of an answer in lines."""
 
 
+def places(most: int) -> Places:
+    """Return what bounds a project's answers of this kind, so that none takes all the readers."""
+    return Places(
+        most, "the most downloads and verifications that a project runs at once, {most}, are running; wait for one"
+    )
+
+
 class Piecewise(StreamingResponse):
     """An answer made of pieces; `release` lets go of what keeps them, at the end, also if no piece was ever taken."""
 
@@ -44,14 +55,16 @@ class Piecewise(StreamingResponse):
         check: Check,
         media_type: str,
         headers: dict[str, str],
+        place: Place,
         release: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(_read(_checked(pieces, check)), headers=headers, media_type=media_type)
-        self._pieces, self._release = pieces, release
+        self._pieces, self._place, self._release = pieces, place, release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with self._place:
+                await super().__call__(scope, receive, send)
         finally:
             with CancelScope(shield=True):  # also when the client is gone, even before the first piece
                 await to_thread.run_sync(close, self._pieces, self._release)
@@ -64,16 +77,16 @@ class Piecewise(StreamingResponse):
 class Download(Piecewise):
     """A file: an answer that ends short of its length where its pieces break off, which closes the connection."""
 
-    def __init__(self, file: File, name: str, check: Check) -> None:
+    def __init__(self, file: File, name: str, check: Check, place: Place = _ANYWHERE) -> None:
         headers = {"Content-Length": str(file.size), "Content-Disposition": f'attachment; filename="{name}"'}
-        super().__init__(file.pieces, check, "application/octet-stream", headers, file.release)
+        super().__init__(file.pieces, check, "application/octet-stream", headers, place, file.release)
 
 
 class Lines(Piecewise):
     """Lines of JSON as they come: no proxy shall collect them, and none keep them."""
 
-    def __init__(self, lines: Generator[bytes, None, None], check: Check) -> None:
-        super().__init__(lines, check, MEDIA_TYPE, {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, lines: Generator[bytes, None, None], check: Check, place: Place = _ANYWHERE) -> None:
+        super().__init__(lines, check, MEDIA_TYPE, {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}, place)
 
 
 def close(pieces: Generator[bytes, None, None], release: Callable[[], None]) -> None:

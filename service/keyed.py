@@ -12,7 +12,7 @@ from fastapi.security import HTTPBearer
 from api.errors import Fault, Forbidden, HeadersTooLarge, InvalidSpec, RateLimited, Unauthorized, Unavailable
 from api.tenants import Role
 from service.auth import Principal, authenticate
-from service.bounds import refuse_depth
+from service.bounds import refuse_depth, refuse_encoding
 from service.problems import problem_responses, request_id
 from service.rates import Limiter
 
@@ -32,7 +32,9 @@ class KeyedRoute(APIRoute):
             if not who.role.covers(needed):
                 raise Forbidden(f"this API key is of the role {who.role}; this needs the role {needed}")
             if request.method in ("POST", "PUT"):
-                refuse_depth(await request.body())
+                body = await request.body()
+                refuse_encoding(body)
+                refuse_depth(body)
             request.state.principal = who
             return await handle(request)
 
@@ -48,7 +50,7 @@ def role_needed(route: APIRoute) -> Role:
 
 
 def admitted(request: Request) -> Principal:
-    """Who asks, unless too often: keys count for themselves, what is no key counts by its address."""
+    """Who asks, unless too often: keys count for themselves and for their project, what is no key by its address."""
     try:
         who = principal(request)
     except Unauthorized:
@@ -56,6 +58,9 @@ def admitted(request: Request) -> Principal:
         _count(request, request.app.state.strangers, address, f"too many requests without a valid key from {address}")
         raise
     _count(request, request.app.state.rates, who.key_id, "too many requests with this API key")
+    told = request.state.answer_headers
+    _count(request, request.app.state.project_rates, who.project, "too many requests with the keys of this project")
+    request.state.answer_headers = told  # of the two, the limit that is reached first
     return who
 
 

@@ -26,6 +26,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SHORTEST = 8
 """Characters; a shorter secret would be found in words that are none."""
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN")
+_AWS_FILES = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
+"""What names the files in which the AWS SDK finds secrets, and where it looks without."""
 
 
 @contextmanager
@@ -105,8 +107,12 @@ def known_secrets(settings: Settings, environment: Mapping[str, str]) -> set[str
     for path in (settings.ray_token_path, settings.bootstrap_key_path):
         with suppress(OSError, UnicodeDecodeError):
             found.add(path.read_text().strip() if path is not None else "")
-    credentials = ConfigParser(interpolation=None)
-    with suppress(Exception):  # the SDK itself says what is wrong with the file
-        credentials.read_string(Path(environment["AWS_SHARED_CREDENTIALS_FILE"]).read_text())
-    names = [name.lower() for name in _SECRETS]
-    return found | {credentials.get(part, name, fallback="") for part in credentials.sections() for name in names}
+    return found.union(*(_secrets_in(environment.get(name, usual)) for name, usual in _AWS_FILES.items()))
+
+
+def _secrets_in(path: str) -> set[str]:
+    """Return the secrets in one of the AWS SDK's files, if it is there."""
+    file = ConfigParser(interpolation=None)
+    with suppress(Exception):  # the SDK itself says what is wrong with it
+        file.read_string(Path(path).expanduser().read_text())
+    return {file.get(part, name.lower(), fallback="") for part in file.sections() for name in _SECRETS}

@@ -7,7 +7,8 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.documents import now
-from api.jobs import ENDED, Check, JobState, Reason
+from api.jobs import ENDED, JobState, Reason
+from service.health import Seen
 from service.reasons import REASONS
 from service.rows import Tally
 from service.store import Store
@@ -20,7 +21,7 @@ _ENDS = {Reason.COMPLETED: JobState.SUCCEEDED, Reason.USER_CANCELLED: JobState.C
 class Lookups(Collector):
     """Nothing of the database while it does not answer: no figure is better than an old one."""
 
-    def __init__(self, store: Store, dependencies: Callable[[], Mapping[str, Check]]) -> None:
+    def __init__(self, store: Store, dependencies: Callable[[], Mapping[str, Seen]]) -> None:
         self._store, self._dependencies = store, dependencies
 
     def collect(self) -> Iterator[Metric]:
@@ -76,10 +77,10 @@ def _totals(tallies: Sequence[Tally]) -> Iterator[Metric]:
     )
 
 
-def _dependencies(checks: Mapping[str, Check]) -> Iterator[Metric]:
+def _dependencies(checks: Mapping[str, Seen]) -> Iterator[Metric]:
     up = GaugeMetricFamily("lockstep_dependency_up", "Whether it answers this replica now", labels=["dependency"])
     seconds = GaugeMetricFamily("lockstep_dependency_seconds", "Time of its answer", labels=["dependency"])
-    for name, check in checks.items():
-        up.add_metric([name], float(check.status == "ok"))
-        seconds.add_metric([name], check.milliseconds / 1e3)
+    for name, seen in checks.items():
+        up.add_metric([name], float(not seen.trouble))
+        seconds.add_metric([name], seen.seconds)
     yield from (up, seconds)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from api.errors import LockstepError
-from api.jobs import Check, Reason
+from api.jobs import Reason
+from service.health import Seen
 from service.lookups import Lookups
 from service.reasons import REASONS
 from service.sse import Streams
@@ -27,8 +28,8 @@ _PASS_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 class Measures:
     """What is counted, and what is looked up at each scrape."""
 
-    def __init__(self, store: Store, dependencies: Callable[[], Mapping[str, Check]]) -> None:
-        """`dependencies` looks at each now; it must not take long."""
+    def __init__(self, store: Store, dependencies: Callable[[], Mapping[str, Seen]]) -> None:
+        """`dependencies` looks at each; it must not take long."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "lockstep_http_requests", "Requests answered", ("method", "route", "status"), registry=self.registry

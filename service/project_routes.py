@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Query, Request
 
 from api.documents import now
-from api.errors import BadRequest, NotFound, TooLarge
+from api.errors import BadRequest, NotFound, QuotaExceeded, TooLarge
 from api.jobs import Page
 from api.tenants import (
     MEMBER,
@@ -40,6 +40,9 @@ KeyId = Annotated[str, Path(pattern=r"^key-[0-9a-f]{12}$", description="A key's 
 MemberPath = Annotated[str, Path(pattern=MEMBER, description="A member's name", examples=["ada"])]
 Cursor = Annotated[int | None, Query(ge=1, le=2**63 - 1, description="`next_cursor` of the page before")]
 
+_ENDED_KEYS = 100
+"""Most of a list; those that are valid are bounded anyway."""
+
 router = keyed_router()
 
 
@@ -53,14 +56,17 @@ def show_project(who: Who, stored: Stored, store: Annotated[Store, Depends(store
 
 @router.get("/project/keys", tags=["project"], openapi_extra=ADMIN)
 def list_keys(who: Who, stored: Stored) -> Page[ApiKey]:
-    """List the project's API keys, oldest first; never the keys themselves."""
-    return Page(items=[key for _, key in stored.keys(who.project)])
+    """List the project's API keys, oldest first; never the keys themselves.
+
+    Of those that were revoked or have expired, the newest 100 are in it.
+    """
+    return Page(items=[key for _, key in stored.keys(who.project, _ENDED_KEYS)])
 
 
 @router.post(
     "/project/keys",
     status_code=201,
-    responses=problem_responses(BadRequest, TooLarge),
+    responses=problem_responses(BadRequest, TooLarge, QuotaExceeded),
     tags=["project"],
     openapi_extra=ADMIN,
 )
@@ -89,7 +95,7 @@ def list_members(who: Who, stored: Stored) -> Page[Member]:
 
 @router.put(
     "/project/members/{member}",
-    responses=problem_responses(BadRequest, TooLarge),
+    responses=problem_responses(BadRequest, TooLarge, QuotaExceeded),
     tags=["project"],
     openapi_extra=ADMIN,
 )

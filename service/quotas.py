@@ -16,6 +16,10 @@ from service.rows import JobRow, StoredProject
 from service.schedule import Claim
 
 DAY = timedelta(days=1)
+KEYS = 100
+"""Most keys of a project that open it; not counted are operators' own."""
+MEMBERS = 1000
+"""Most members of a project."""
 
 
 def use_of(project: StoredProject, live: Iterable[JobRow], submitted: int) -> Use:
@@ -80,6 +84,18 @@ def refuse_longer_line(project: StoredProject, queued: int) -> None:
             f"project {project.name} may have {most} jobs waiting at once and has {queued}; "
             "wait until some have started, or cancel some"
         )
+
+
+def refuse_more_keys(project: str, live: int) -> None:
+    """QuotaExceeded if a project may have no further key: limits of a key are worth something only if keys have one."""
+    if live >= KEYS:
+        raise QuotaExceeded(f"project {project} has {live} keys that are valid, and {KEYS} is the most; revoke some")
+
+
+def refuse_more_members(project: str, count: int) -> None:
+    """QuotaExceeded if a project may have no further member."""
+    if count >= MEMBERS:
+        raise QuotaExceeded(f"project {project} has {count} members, and {MEMBERS} is the most; remove some")
 
 
 def gib(size: int) -> str:

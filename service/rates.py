@@ -1,12 +1,20 @@
-"""Limits on requests: a bucket of tokens for each key, refilled evenly. Each process counts for itself."""
+"""Limits on requests: a bucket of tokens for each key, refilled evenly; on long answers: so many at once.
 
-from collections import OrderedDict
-from collections.abc import Callable
+Each process counts for itself.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from threading import Lock
 from time import monotonic
 
+from api.errors import RateLimited
+
+_COME_BACK = 5.0
+"""Seconds; when a place will be free, nobody knows."""
 _MOST = 10_000
 """Buckets that are remembered, the newest used; a forgotten one is full again."""
 
@@ -16,6 +24,9 @@ class Rate:
     per_second: float
     burst: int
     """Most requests at once, after a pause."""
+
+    def times(self, count: int) -> "Rate":
+        return Rate(self.per_second * count, self.burst * count)
 
 
 @dataclass(frozen=True)
@@ -69,3 +80,23 @@ class Limiter:
             "RateLimit-Remaining": str(verdict.remaining),
             "RateLimit-Reset": str(verdict.reset),
         }
+
+
+class Places:
+    """What each holder, a key or a project, may have open at once. For one event loop."""
+
+    def __init__(self, most: int, complaint: str) -> None:
+        """`complaint` says whose is full, with `{most}`, and what to do."""
+        self._most, self._complaint = most, complaint
+        self._taken: Counter[str] = Counter()
+
+    @contextmanager
+    def one(self, holder: str) -> Iterator[None]:
+        """Hold a place while the block runs; RateLimited if all of the holder's are taken."""
+        if self._taken[holder] >= self._most:
+            raise RateLimited(self._complaint.format(most=self._most), retry_after=_COME_BACK)
+        self._taken[holder] += 1
+        try:
+            yield
+        finally:
+            self._taken -= Counter((holder,))  # forgets who has none left

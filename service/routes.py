@@ -26,11 +26,12 @@ from api.jobs import (
 from api.names import JOB_ID, Name
 from api.spec import JobSpec
 from api.spec_base import LabelFilter
-from service.download import LINES, Download, Lines
+from service.download import LINES, Download, Lines, Place
 from service.jobs import Jobs
 from service.keyed import SUBMITTER, VIEWER, Limit, Who, keyed_router, principal, who
 from service.live import EVENT_ID, METRIC_ID, Feed
 from service.problems import problem_responses
+from service.rates import Places
 from service.rows import JobFilter
 from service.sse import Streams, refuse_parameter, stream_description, wants_stream
 
@@ -83,7 +84,14 @@ def streams_wanted(request: Request) -> bool:
 def stream(request: Request, feed: Feed, reads_bucket: bool = True) -> Response:
     """Answer with a live stream, for as long as the key is valid."""
     streams: Streams = request.app.state.streams
-    return streams.answer(feed, partial(principal, request), reads_bucket, who(request).key_id)
+    found = who(request)
+    return streams.answer(feed, partial(principal, request), reads_bucket, found.key_id, found.project)
+
+
+def place(request: Request) -> Place:
+    """Return the place of an answer that is long, among those of its project."""
+    places: Places = request.app.state.long_answers
+    return places.one(who(request).project)
 
 
 def key_and_value(label: str) -> tuple[str, str | None]:
@@ -327,7 +335,7 @@ def download_file(request: Request, who: Who, use: UseCases, job_id: JobId, step
 
     Weights are verified while they are sent; where they are damaged, the answer breaks off short of its length.
     """
-    return Download(use.download(who, job_id, step, name), name, partial(principal, request))
+    return Download(use.download(who, job_id, step, name), name, partial(principal, request), place(request))
 
 
 @router.get(
@@ -349,7 +357,7 @@ def verify_checkpoints(
     The verdict says of each checkpoint whether it is `well`, `damaged` (which objects are missing, short or altered,
     and which tensors of the model in them), `gone` (deleted meanwhile), or `unknown`, since the store did not answer.
     """
-    return Lines(use.verify(who, job_id, step), partial(principal, request))
+    return Lines(use.verify(who, job_id, step), partial(principal, request), place(request))
 
 
 @router.get(

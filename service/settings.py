@@ -98,8 +98,13 @@ class Settings(BaseSettings):
     """Most live streams at once; a further one is refused."""
     live_streams_per_key: int = Field(default=50, ge=1)
     """The same for one API key."""
+    live_streams_per_project: int = Field(default=100, ge=1)
+    """The same for all the keys of a project."""
+    downloads_per_project: int = Field(default=8, ge=1)
+    """Downloads and verifications that a project's keys run at once."""
     rate_per_minute: float = Field(default=1200, gt=0)
-    """Requests that an API key may make in the long run. Each process counts for itself."""
+    """Requests that an API key may make in the long run; all keys of a project together, ten times as many. Each
+    process counts for itself."""
     rate_burst: int = Field(default=600, ge=1)
     """Most of them at once, after a pause."""
     stranger_rate_per_minute: float = Field(default=120, gt=0)

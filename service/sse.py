@@ -19,9 +19,10 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Receive, Scope, Send
 
-from api.errors import ApiError, Fault, InvalidData, InvalidSpec, RateLimited, StorageError, Unavailable
+from api.errors import ApiError, Fault, InvalidData, InvalidSpec, StorageError, Unavailable
 from api.jobs import StreamError
 from service.live import Feed, Message
+from service.rates import Places
 
 MEDIA_TYPE = "text/event-stream"
 _HEADERS = {"Cache-Control": "no-cache, no-store", "X-Accel-Buffering": "no"}
@@ -30,6 +31,7 @@ _BATCH = 500
 """Messages that are read ahead of a client."""
 _RETRY_MILLISECONDS = 1000
 """How long a browser shall wait before it connects again."""
+_FULL = "the most live streams that {whose} at once, {{most}}, are open; close one, or read the lists"
 _LAST = ("end", "error")
 """The events of messages after which a stream is closed."""
 Stop = asyncio.Future[None]
@@ -75,17 +77,19 @@ class Streams:
     """The open streams of a server.
 
     `interval`: seconds between two looks; `keep_alive`: longest silence of a stream, in seconds; `limit`: most
-    streams at once; `limit_each`: of one holder.
+    streams at once; `limit_key`, `limit_project`: of one of these.
     """
 
-    def __init__(self, interval: float, keep_alive: float, limit: int = 200, limit_each: int = 200) -> None:
-        self._interval, self._keep_alive = interval, keep_alive
-        self.limit, self._limit_each = limit, limit_each
+    def __init__(
+        self, interval: float, keep_alive: float, limit: int = 200, limit_key: int = 200, limit_project: int = 200
+    ) -> None:
+        self._interval, self._keep_alive, self.limit = interval, keep_alive, limit
+        self._of_keys = Places(limit_key, _FULL.format(whose="one API key opens"))
+        self._of_projects = Places(limit_project, _FULL.format(whose="the keys of one project open"))
         # Two pools: looks that hang on the bucket must not hold up those that need only the database.
         self._on_bucket = ThreadPoolExecutor(_BUCKET_THREADS, thread_name_prefix="stream")
         self._on_database = ThreadPoolExecutor(_DATABASE_THREADS, thread_name_prefix="stream-database")
-        self._open: dict[Stop, str] = {}
-        """Each with its holder."""
+        self._open: set[Stop] = set()
         self._closed = False
 
     @property
@@ -103,38 +107,39 @@ class Streams:
                 stop.set_result(None)
 
     def answer(
-        self, feed: Feed, check: Callable[[], object], reads_bucket: bool = True, holder: str = ""
+        self,
+        feed: Feed,
+        check: Callable[[], object],
+        reads_bucket: bool = True,
+        key: str = "",
+        project: str = "",
     ) -> StreamingResponse:
         """Return the response that follows a feed until the job's end, the client's or ours.
 
         `check` comes before each batch: an ApiError of it, a key revoked for instance, ends the stream. Too many
-        streams are refused, with Unavailable, when the response is about to begin; too many of one holder, which is an
-        API key, with RateLimited.
+        streams are refused, with Unavailable, when the response is about to begin; too many of one API key or project,
+        with RateLimited.
         """
         threads = self._on_bucket if reads_bucket else self._on_database
-        return _LiveResponse(self._place(holder), partial(self._body, feed, check, threads))
+        return _LiveResponse(self._place(key, project), partial(self._body, feed, check, threads))
 
     @contextmanager
-    def _place(self, holder: str) -> Iterator[Stop]:
+    def _place(self, key: str, project: str) -> Iterator[Stop]:
         """Count as an open stream, in the event loop; Unavailable or RateLimited if there are too many."""
         if len(self._open) >= self.limit:
             raise Unavailable(
                 f"the most live streams that this server opens at once, {self.limit}, are open; "
                 "close one, or read the lists"
             )
-        if sum(other == holder for other in self._open.values()) >= self._limit_each:
-            raise RateLimited(
-                f"the most live streams that one API key opens at once, {self._limit_each}, are open; "
-                "close one, or read the lists"
-            )
-        stop: Stop = asyncio.get_running_loop().create_future()
-        if self._closed:
-            stop.set_result(None)
-        self._open[stop] = holder
-        try:
-            yield stop
-        finally:
-            del self._open[stop]
+        with self._of_keys.one(key), self._of_projects.one(project):
+            stop: Stop = asyncio.get_running_loop().create_future()
+            if self._closed:
+                stop.set_result(None)
+            self._open.add(stop)
+            try:
+                yield stop
+            finally:
+                self._open.remove(stop)
 
     async def _body(
         self, feed: Feed, check: Callable[[], object], threads: ThreadPoolExecutor, stop: Stop

@@ -12,7 +12,7 @@ from api.jobs import ENDED, JobState, Reason
 from api.tenants import ApiKey, AuditEntry, KeyRequest, Member, Quotas, Role
 from api.words import counted
 from service.audit import Author, read_audit, record
-from service.quotas import refuse_longer_line, refuse_more_jobs
+from service.quotas import refuse_longer_line, refuse_more_jobs, refuse_more_keys, refuse_more_members
 from service.rows import StoredKey, StoredProject
 from service.tables import api_keys, jobs, members, projects
 
@@ -83,12 +83,14 @@ class Tenants:
             return [Member.model_validate({**row}) for row in connection.execute(query).mappings()]
 
     def put_member(self, project: str, name: str, role: Role, by: Author) -> Member:
-        """Give somebody a role in a project, or another one."""
+        """Give somebody a role in a project, or another one; QuotaExceeded if it may have no further member."""
         here = [members.c.project == project, members.c.name == name]
         with self._writer.begin() as connection:
             _lock(connection, project)
             before = connection.execute(sa.select(members.c.role).where(*here)).scalar_one_or_none()
             if before is None:
+                theirs = sa.select(sa.func.count()).where(members.c.project == project)
+                refuse_more_members(project, connection.execute(theirs).scalar_one())
                 row = {"project": project, "name": name, "role": role.value, "created_at": now()}
                 connection.execute(members.insert().values(row))
             else:
@@ -109,15 +111,23 @@ class Tenants:
             count = connection.execute(api_keys.update().where(*theirs).values(revoked_at=at)).rowcount
             record(connection, by.change(project, "member.remove", name, keys_revoked=count))
 
-    def keys(self, project: str | None = None) -> list[tuple[str, ApiKey]]:
-        """Return the keys of a project, or all, each with its project; never the key itself, which is not stored."""
-        query = sa.select(api_keys.c.project, *_KEY).order_by(api_keys.c.created_at, api_keys.c.id)
+    def keys(self, project: str | None = None, ended: int | None = None) -> list[tuple[str, ApiKey]]:
+        """Return the keys of a project, or all, each with its project; never the key itself, which is not stored.
+
+        `ended`: at most so many of those that were revoked or have expired, the newest.
+        """
+        query, live = sa.select(api_keys.c.project, *_KEY), _live(now())
         if project is not None:
             query = query.where(api_keys.c.project == project)
+        newest = query.where(sa.not_(live)).order_by(api_keys.c.created_at.desc(), api_keys.c.id.desc())
         with self._engine.begin() as connection:
             if project is not None:
                 _project(connection, project)
-            rows = connection.execute(query).mappings().all()
+            rows = [
+                *connection.execute(query.where(live)).mappings(),
+                *connection.execute(newest.limit(ended)).mappings(),
+            ]
+        rows.sort(key=lambda row: (row["created_at"], row["id"]))
         return [(row["project"], ApiKey.model_validate({**row})) for row in rows]
 
     def insert_key(
@@ -130,6 +140,7 @@ class Tenants:
         by: Author,
         operator: bool = False,
     ) -> ApiKey:
+        """Keep a new key; InvalidSpec if its member is none, QuotaExceeded if the project may have no further key."""
         at = now()
         expires = None if wanted.expires_in is None else at + timedelta(seconds=wanted.expires_in)
         row = {"id": key_id, "project": project, "name": wanted.name, "role": wanted.role.value, "prefix": prefix}
@@ -138,6 +149,8 @@ class Tenants:
         with self._writer.begin() as connection:
             _lock(connection, project)
             _refuse_stranger(connection, project, wanted.member)
+            if not operator:
+                refuse_more_keys(project, _count_keys(connection, project, at))
             connection.execute(api_keys.insert().values(**row, **times, sha256=sha256, operator=int(operator)))
             details = {name: row[name] for name in ("name", "role", "prefix", "member")}
             until = None if expires is None else expires.isoformat()
@@ -255,6 +268,18 @@ def _project(connection: sa.Connection, name: str, lock: bool = False) -> Stored
 def _stored(row: sa.RowMapping) -> StoredProject:
     same = {name: row[name] for name in ("name", "created_at", "archived_at", "used_bytes", "measured_at")}
     return StoredProject(quotas=Quotas(**{name: row[name] for name in Quotas.model_fields}), **same)
+
+
+def _live(at: datetime) -> sa.ColumnElement[bool]:
+    """Of a key: it was not revoked, and has not expired."""
+    lasts = sa.or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > at)
+    return sa.and_(api_keys.c.revoked_at.is_(None), lasts)
+
+
+def _count_keys(connection: sa.Connection, project: str, at: datetime) -> int:
+    """Count a project's own keys that are valid."""
+    own = sa.and_(api_keys.c.project == project, api_keys.c.operator == 0)
+    return int(connection.execute(sa.select(sa.func.count()).where(own, _live(at))).scalar_one())
 
 
 def _refuse_stranger(connection: sa.Connection, project: str, member: str | None) -> None:

@@ -81,7 +81,7 @@ def note_what_is_told(stack: Stack, job: Job, folder: Path) -> None:
     asked += [(f"{stack.dashboard}/api/jobs/{submission}/logs", token) for submission in stack.submissions(job)]
     asked += [(stack.address(title), "") for title in ("Metrics", "Ray metrics")]
     for number, (url, bearer) in enumerate(asked):
-        (folder / f"answer-{number}").write_bytes(answer(url, bearer))
+        (folder / f"answer-{number}").write_bytes(answer(url, bearer, there=not url.startswith(api)))
     for process in (stack.process, *stack.process.children(recursive=True)):
         with suppress(psutil.Error):
             words, environment = process.cmdline(), process.environ()
@@ -90,13 +90,15 @@ def note_what_is_told(stack: Stack, job: Job, folder: Path) -> None:
             (folder / f"process-{process.pid}").write_text("\n".join([*words, *environment.values()]))
 
 
-def answer(url: str, bearer: str) -> bytes:
-    """Return what is answered, headers included, be it an error."""
+def answer(url: str, bearer: str, there: bool) -> bytes:
+    """Return what is answered, headers included, be it an error; `there`: something must be at this path."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {bearer}"} if bearer else {})
     try:
         with urllib.request.urlopen(request, timeout=20) as response:
             return bytes(response.headers) + bytes(response.read())
     except urllib.error.HTTPError as error:
+        if there and error.code == 404:
+            raise AssertionError(f"there is nothing at {url} any more, so nothing of it would be searched") from error
         return bytes(error.headers) + error.read()
 
 

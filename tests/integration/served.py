@@ -23,7 +23,7 @@ from service.store import Store
 from tests.fakes import ACCEPTED, row
 from tests.servers import free_port
 
-KEY = "lk_served"
+KEY = "lk_served_by_a_test"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from service.settings import Settings
 from tests.fakes import dataset
 from tests.servers import BUCKET, S3, free_port, s3_server
 
-KEY = "lk_integration"
+KEY = "lk_integration_test"
 BODY: dict[str, Any] = {"name": "first", "data": {"dataset": "words"}, "model": {"size": "1m"}, "steps": 10}
 
 

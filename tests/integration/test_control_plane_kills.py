@@ -55,7 +55,7 @@ from tests.soak import soak
 KILLS = {1: soak(1000, 120), 2: soak(500, 40)}
 """By the number of control planes that live at once."""
 SEED = 1
-KEY = "lk_kills"
+KEY = "lk_kills_of_control_planes"
 CLIENTS = 3
 LIVE = 8
 """Jobs at once; clients wait while there are so many."""

@@ -23,7 +23,7 @@ from tests.faults.control_planes import ControlPlanes, control_planes, steady_po
 from tests.faults.ray_server import ray_server
 from tests.faults.waiting import wait_until
 
-KEY = "lk_lost"
+KEY = "lk_lost_database_test"
 BODY: dict[str, Any] = {"name": "first", "data": {"dataset": "words"}, "model": {"size": "1m"}, "steps": 10}
 
 

@@ -23,7 +23,7 @@ from tests.integration.served import serving, until
 from tests.servers import free_port
 from tests.unit.service.test_run_reader import Writer
 
-KEY = "lk_streams"
+KEY = "lk_streams_of_a_test"
 JOB = job_id(1)
 
 

@@ -16,6 +16,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 
 from api.sse import Parser
+from service import health
 from service.audit import OPERATOR
 from service.keyed import KeyedRoute
 from service.live import Feed
@@ -306,6 +307,8 @@ def test_pages_go_on_where_the_last_one_ended(service: Service) -> None:
 
 
 def test_ready_is_the_database_alone(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_FRESH", 0.0)
+
     def look() -> tuple[int, bool, dict[str, str]]:
         answer = service.client.get("/readyz")
         body = answer.json()
@@ -417,10 +420,15 @@ def test_only_events_are_followed_without_the_threads_of_the_bucket(service: Ser
 
     class Noting(Streams):
         def answer(
-            self, feed: Feed, check: Callable[[], object], reads_bucket: bool = True, holder: str = ""
+            self,
+            feed: Feed,
+            check: Callable[[], object],
+            reads_bucket: bool = True,
+            key: str = "",
+            project: str = "",
         ) -> StreamingResponse:
             reads.append(reads_bucket)
-            return super().answer(feed, check, reads_bucket, holder)
+            return super().answer(feed, check, reads_bucket, key, project)
 
     service.app.state.streams, job = Noting(interval=0, keep_alive=3600), service.ended()
     for what in LISTS:

@@ -35,6 +35,7 @@ from service.rows import JobRow
 from service.store import Store
 from tests.checkpoints import write_checkpoint
 from tests.fakes import ACCEPTED, T0, MemoryBucket, dataset, job_id, new_store, row, train_spec
+from tests.unit.service.in_process import Service, problem
 from workers.model import Transformer
 from workers.optim import make_optimizer
 from workers.snapshot import state_of
@@ -503,3 +504,15 @@ def test_a_long_answer_does_not_outlast_its_key_and_goes_on_without_the_database
     assert b"".join(sent) == (b"a" if ended else b"abc")
     assert caplog.messages == ["an answer was ended: revoked"] * ended
     assert released == [True]
+
+
+def test_a_download_too_many_of_a_project_is_refused_and_keeps_nothing(service: Service) -> None:
+    made = Checkpointed()
+    service.bucket.content.update(made.bucket.content)
+    service.store.insert(made.job, ACCEPTED, None)
+    service.app.state.long_answers = download.places(1)
+    path = f"/v1/jobs/{made.job.id}/checkpoints/{STEP}/files/config.json"
+    with service.app.state.long_answers.one("default"):
+        problem(service.client.get(path), 429, "rate-limited")
+        assert not pinned(service.store, now())
+    assert service.client.get(path).json() == made.config()

@@ -36,6 +36,8 @@ from service.app import make_api
 from service.architectures import model_tensors
 from service.auth import create_key
 from service.database import make_engine
+from service.download import places
+from service.health import Dependencies
 from service.jobs import Jobs
 from service.rates import Limiter, Rate
 from service.rows import NewEvent
@@ -206,7 +208,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     APP.state.tenants = made.tenants
     APP.state.jobs = Jobs(made.store, made.bucket, APP.state.ray, made.settings)
     APP.state.streams = Streams(0.01, 1.0)
-    APP.state.rates = APP.state.strangers = Limiter(Rate(1e9, 10**9))
+    APP.state.rates = APP.state.project_rates = APP.state.strangers = Limiter(Rate(1e9, 10**9))
+    APP.state.long_answers, APP.state.dependencies = places(8), Dependencies({"database": made.store.ping})
     yield made
     made.engine.dispose()
     assert not made.asked or made.asked >= soak(30_000, 0)  # in one process, all operations together

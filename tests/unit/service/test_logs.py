@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
 from api.jobs import JobState, StreamEnd
+from service.health import Dependencies
 from service.live import Message
 from service.logs import Ids, about, known_secrets
 from service.sse import Streams
@@ -89,7 +90,14 @@ def test_no_secret_is_in_a_line_wherever_it_came_from(logger: logging.Logger, fo
     assert "bulk_of_short words" in line
 
 
-def test_the_secrets_that_are_known_are_those_of_ray_the_bucket_and_the_database(tmp_path: Path) -> None:
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / ".aws").mkdir(parents=True)
+    return tmp_path / "home"
+
+
+def test_the_secrets_that_are_known_are_those_of_ray_the_bucket_and_the_database(home: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("token-of-ray\n")
     (tmp_path / "binary").write_bytes(b"\xff")
     (tmp_path / "aws").write_text("[default]\naws_access_key_id = id\naws_secret_access_key = in%a-file\n")
@@ -103,6 +111,15 @@ def test_the_secrets_that_are_known_are_those_of_ray_the_bucket_and_the_database
     found = known_secrets(settings, environment)
     assert found - {""} == {"token-of-ray", "in%a-file", "in-variable", "pass@word"}
     assert known_secrets(settings_for(tmp_path, ray_token_path=tmp_path / "absent"), {}) == {""}
+
+
+def test_the_secrets_of_the_bucket_are_known_wherever_its_sdk_finds_them(home: Path, tmp_path: Path) -> None:
+    (home / ".aws" / "credentials").write_text("[default]\naws_secret_access_key = at-home\n")
+    (home / ".aws" / "config").write_text("[profile a]\naws_session_token = in-config\n[default]\nregion = eu\n")
+    assert known_secrets(settings_for(tmp_path), {}) - {""} == {"at-home", "in-config"}
+    (tmp_path / "elsewhere").write_text("[profile a]\naws_secret_access_key = elsewhere\n")
+    found = known_secrets(settings_for(tmp_path), {"AWS_CONFIG_FILE": str(tmp_path / "elsewhere")})
+    assert found - {""} == {"at-home", "elsewhere"}
 
 
 def test_each_request_is_one_line_with_the_id_that_the_caller_gets(service: Service, lines: Lines) -> None:
@@ -136,13 +153,17 @@ def test_who_is_not_known_and_what_no_route_knows_leave_nothing_of_theirs_in_the
     assert "password" not in str(lines.written).lower()
 
 
-def test_probes_that_find_all_well_are_not_logged(service: Service, lines: Lines, monkeypatch: Any) -> None:
+def test_probes_that_find_all_well_are_not_logged(service: Service, lines: Lines) -> None:
     service.client.get("/healthz").raise_for_status()
     service.client.get("/readyz").raise_for_status()
     assert lines.written == []
-    monkeypatch.setattr(service.store, "ping", lambda: 1 / 0)
+    service.app.state.dependencies = Dependencies({"database": lambda: 1 / 0})
     service.client.get("/readyz")
-    assert lines.objects[-1]["status"] >= 500
+    assert lines.objects[-1]["status"] == 503
+    assert [line["message"] for line in lines.objects[:-1]] == [
+        "a bug ended a look at database",
+        "database is degraded: a bug",
+    ]
 
 
 @pytest.mark.parametrize("given", ["a", "trace-1.2_3", "X" * 64])
@@ -179,7 +200,7 @@ def test_what_a_stream_meets_in_its_thread_is_logged_under_its_request(lines: Li
 
     async def read() -> None:
         streams = Streams(0.01, 1)
-        with about(request="r-1"), streams._place("key-1") as stop:
+        with about(request="r-1"), streams._place("key-1", "default") as stop:
             async for _ in streams._body(Logging(), lambda: None, ThreadPoolExecutor(1), stop):
                 pass
         streams.close()

@@ -155,7 +155,8 @@ def test_a_bug_counts_as_the_500_that_the_caller_gets(service: Service, monkeypa
     assert service.figure("lockstep_http_requests_total", "GET", "/v1/jobs", "500") == 1
 
 
-def test_what_does_not_answer_is_told_and_hides_nothing_else(service: Service) -> None:
+def test_what_does_not_answer_is_told_and_hides_nothing_else(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.health._FRESH", 0.0)
     assert service.figures("lockstep_dependency_up") == {("bucket",): 1, ("database",): 1, ("ray",): 1}
     service.bucket.reachable = False
     assert service.figures("lockstep_dependency_up") == {("bucket",): 0, ("database",): 1, ("ray",): 1}
@@ -292,7 +293,7 @@ def test_open_streams_are_counted_while_they_are_open(service: Service) -> None:
     streams: Streams = service.app.state.streams
 
     async def hold() -> float:
-        with streams._place("key-1"):
+        with streams._place("key-1", "default"):
             return service.figure("lockstep_streams_open")
 
     assert asyncio.run(hold()) == 1

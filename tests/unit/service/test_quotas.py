@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from api.documents import now
 from api.errors import Conflict, NotFound, QuotaExceeded, StorageUnavailable
 from api.storage import ObjectInfo
-from api.tenants import Quotas
+from api.tenants import KeyRequest, Quotas, Role
 from service.audit import OPERATOR
+from service.auth import create_key
 from service.leases import Leases
 from service.rows import IdempotencyRecord
 from service.store import Store
@@ -321,3 +322,65 @@ def test_the_quotas_of_one_project_are_read_alone(service: Service) -> None:
     sa.event.listen(service.store._engine, "before_cursor_execute", note)
     assert service.post(BODY, query="?dry_run=true").status_code == 200
     assert [sql for sql in loaded if "FROM projects" in sql and "projects.name =" not in sql] == []
+
+
+# Keys and members
+
+
+def test_a_project_has_so_many_keys_that_are_valid_and_an_operator_has_more(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.quotas.KEYS", 3)
+    ids = [service.client.post("/v1/project/keys", json={"name": "k", "expires_in": 60}).json()["id"] for _ in range(2)]
+    refused = service.client.post("/v1/project/keys", json={"name": "k"})
+    words = "project default has 3 keys that are valid, and 3 is the most; revoke some"
+    assert problem(refused, 429, "quota-exceeded")["detail"] == words
+    create_key(service.tenants, KeyRequest(name="mine"), operator=True)
+    service.client.delete(f"/v1/project/keys/{ids[0]}").raise_for_status()
+    assert service.client.post("/v1/project/keys", json={"name": "k"}).status_code == 201
+    monkeypatch.setattr("service.tenants.now", lambda: now() + timedelta(minutes=2))  # the other one has expired
+    assert service.client.post("/v1/project/keys", json={"name": "k"}).status_code == 201
+    problem(service.client.post("/v1/project/keys", json={"name": "k"}), 429, "quota-exceeded")
+    service.tenants.create_project("other", OPERATOR)
+    create_key(service.tenants, KeyRequest(name="theirs"), "other")
+
+
+def test_many_keys_that_are_made_at_once_are_no_more_than_the_most(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.quotas.KEYS", 4)
+
+    def make(_: int) -> bool:
+        try:
+            create_key(service.tenants, KeyRequest(name="k"))
+        except QuotaExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(make, range(8))) == 3
+
+
+def test_the_list_of_keys_has_all_that_are_valid_and_the_newest_of_the_others(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.project_routes._ENDED_KEYS", 2)
+    for number in range(6):
+        made = create_key(service.tenants, KeyRequest(name=f"{number}"))
+        if number not in (0, 4):
+            service.tenants.revoke_key(made.id, OPERATOR)
+    listed = service.client.get("/v1/project/keys").json()["items"]
+    assert [key["name"] for key in listed] == ["test", "0", "3", "4", "5"]
+    assert len(service.tenants.keys()) == 7, "an operator sees all"
+
+
+def test_a_project_has_so_many_members(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.quotas.MEMBERS", 2)
+    put = {
+        name: service.client.put(f"/v1/project/members/{name}", json={"role": Role.VIEWER})
+        for name in ("ada", "bob", "eve")
+    }
+    assert [put[name].status_code for name in ("ada", "bob")] == [200, 200]
+    words = "project default has 2 members, and 2 is the most; remove some"
+    assert problem(put["eve"], 429, "quota-exceeded")["detail"] == words
+    assert service.client.put("/v1/project/members/ada", json={"role": "admin"}).json()["role"] == "admin"

@@ -1,6 +1,7 @@
 """How often a key may ask, how many streams it may hold, and how large and deep a request may be."""
 
 import asyncio
+import json
 
 import pytest
 from fastapi.testclient import TestClient
@@ -9,13 +10,20 @@ from hypothesis import strategies as st
 
 from api.client import Client
 from api.errors import BadRequest, RateLimited
-from api.tenants import KeyRequest, Role
+from api.tenants import KeyRequest, NewApiKey, Role
+from service import download
+from service.audit import OPERATOR
 from service.auth import create_key
 from service.bounds import DEPTH, HEAD_BYTES, refuse_depth
 from service.rates import Level, Limiter, Rate, take
 from service.sse import Streams
 from tests.unit.service.in_process import AUTH, BODY, Service, problem
 from tests.unit.service.test_live import Connection, Script, allowed, item
+
+
+def bearer(key: NewApiKey) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key.key}"}
+
 
 TWO_A_SECOND = Rate(per_second=2.0, burst=5)
 
@@ -107,22 +115,62 @@ def test_the_client_waits_as_long_as_it_is_told(service: Service) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_one_key_does_not_take_the_streams_of_all() -> None:
+def test_neither_a_key_nor_a_project_takes_the_streams_of_all() -> None:
     async def scene(streams: Streams) -> None:
-        first = Connection()
-        task = asyncio.create_task(first.read(streams.answer(Script([item(1)]), allowed, holder="a")))
-        while not first.pieces:
-            await asyncio.sleep(0)
-        with pytest.raises(RateLimited, match="one API key opens at once, 1, are open"):
-            await Connection().read(streams.answer(Script([item(1)]), allowed, holder="a"))
-        other = Connection()
-        tasks = [task, asyncio.create_task(other.read(streams.answer(Script([item(1)]), allowed, holder="b")))]
-        while not other.pieces:
-            await asyncio.sleep(0)
+        tasks = []
+
+        async def opened(key: str, project: str) -> None:
+            connection = Connection()
+            answer = streams.answer(Script([item(1)]), allowed, key=key, project=project)
+            tasks.append(asyncio.create_task(connection.read(answer)))
+            while not connection.pieces and not tasks[-1].done():
+                await asyncio.sleep(0)
+            if tasks[-1].done():
+                tasks.pop().result()
+
+        await opened("a", "one")
+        with pytest.raises(RateLimited, match="one API key opens at once, 1, are open") as refused:
+            await opened("a", "one")
+        assert refused.value.retry_after == 5
+        await opened("b", "one")
+        with pytest.raises(RateLimited, match="the keys of one project open at once, 2, are open"):
+            await opened("c", "one")
+        await opened("c", "two")  # the place that it did not get there is not counted
         streams.close()
         await asyncio.gather(*tasks)
 
-    asyncio.run(scene(Streams(interval=3600, keep_alive=3600, limit=9, limit_each=1)))
+    asyncio.run(scene(Streams(interval=3600, keep_alive=3600, limit=9, limit_key=1, limit_project=2)))
+
+
+def test_the_keys_of_a_project_count_together_too(service: Service) -> None:
+    service.app.state.rates = Limiter(Rate(1.0, 2), clock=lambda: 0.0)
+    service.app.state.project_rates = Limiter(Rate(1.0, 3), clock=lambda: 0.0)
+    second = bearer(create_key(service.tenants, KeyRequest(name="second", role=Role.VIEWER)))
+    answers = [service.client.get("/v1/jobs", headers=headers) for headers in (AUTH, AUTH, AUTH, second, second)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429, 200, 429]
+    assert answers[3].headers["ratelimit-remaining"] == "1", "told is what the key may, as before"
+    assert answers[4].headers["ratelimit-limit"] == "3"
+    assert "with the keys of this project; wait 1 s" in problem(answers[4], 429, "rate-limited")["detail"]
+    service.tenants.create_project("other", OPERATOR)
+    other = bearer(create_key(service.tenants, KeyRequest(name="other"), "other"))
+    assert service.client.get("/v1/jobs", headers=other).status_code == 200
+
+
+def test_a_project_may_ask_ten_times_as_often_as_a_key(service: Service) -> None:
+    each, together = service.app.state.rates.rate, service.app.state.project_rates.rate
+    assert (together.per_second, together.burst) == (10 * each.per_second, 10 * each.burst)
+
+
+def test_verifications_of_a_project_are_bounded_and_those_of_another_are_not(service: Service) -> None:
+    service.app.state.long_answers = places = download.places(1)
+    path = f"/v1/jobs/{service.ended()}/verification"
+    with places.one("default"):
+        refused = service.client.get(path)
+    words = "the most downloads and verifications that a project runs at once, 1, are running; wait for one"
+    assert problem(refused, 429, "rate-limited")["detail"] == words
+    assert refused.headers["retry-after"] == "5"
+    with places.one("another"):
+        assert [service.client.get(path).status_code for _ in range(3)] == [200] * 3, "each lets go of its place"
 
 
 def test_a_head_that_is_too_large_is_refused_in_our_words(service: Service) -> None:
@@ -155,10 +203,26 @@ def test_depth_is_that_of_brackets_outside_of_texts(body: bytes, deep: bool) -> 
         refuse_depth(body)
 
 
+DEEP = '{"a":' * 100 + "1" + "}" * 100
+#: Whose bytes `"` hide all brackets behind them: U+2200 in UTF-16.
+HIDDEN = '{"\u2200":' + "[" * 100 + "1" + "]" * 100 + "}"
+
+
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/project/keys", "/v1/project/members/ada"])
-def test_depth_is_bounded_wherever_a_body_is_read(service: Service, path: str) -> None:
-    body = b'{"a":' * 100 + b"1" + b"}" * 100
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (DEEP.encode(), f"more deeply than {DEPTH} levels"),
+        (HIDDEN.encode("utf-16"), "not in UTF-8"),
+        (HIDDEN.encode("utf-16-le"), "NUL bytes"),
+        (HIDDEN.encode("utf-16-be"), "NUL bytes"),
+        (DEEP.encode("utf-32-le"), "NUL bytes"),
+        (json.dumps(BODY).encode("utf-8-sig"), "byte order mark"),
+        (json.dumps(BODY | {"name": "ä"}, ensure_ascii=False).encode("latin-1"), "not in UTF-8"),
+    ],
+)
+def test_depth_is_bounded_wherever_a_body_is_read(service: Service, path: str, body: bytes, says: str) -> None:
     method = "PUT" if "members" in path else "POST"
     answer = service.client.request(method, path, content=body, headers={"Content-Type": "application/json"})
-    problem(answer, 400, "bad-request")
+    assert says in problem(answer, 400, "bad-request")["detail"]
     assert service.post(BODY).status_code == 201

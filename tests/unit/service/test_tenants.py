@@ -220,6 +220,7 @@ def test_what_an_operator_gets_wrong_is_one_line(operator: Any, words: str, says
 
 
 def test_what_a_tenant_calls_a_key_does_nothing_to_an_operators_terminal(operator: Any, tmp_path: Path) -> None:
+    assert operator("keys list") == ""  # migrates
     engine = make_engine(f"sqlite:///{tmp_path / 'lockstep.db'}")
     create_key(Tenants(engine), KeyRequest(name="a\x9b2J\u202eb\u2028c"))
     engine.dispose()
