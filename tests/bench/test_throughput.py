@@ -2,8 +2,8 @@
 
 Some 25 minutes on two idle cores. LOCKSTEP_BENCH_TABLE names a file for the tables.
 
-Two of the ways say where the cost comes from. `BESIDE` is the hand-written loop while a Ray Train group sleeps: what Ray
-Train's own processes take of the cores. `SERVICE_ALONE` is the service with one worker, against our loop in one
+Two of the ways say where the cost comes from. `BESIDE` is the hand-written loop while a Ray Train group sleeps: what
+Ray Train's own processes take of the cores. `SERVICE_ALONE` is the service with one worker, against our loop in one
 process: what all of it costs where one core is left for it.
 """
 
