@@ -16,7 +16,8 @@ from service.auth import create_key
 from service.cli import app
 from service.database import make_engine
 from service.tenants import Tenants
-from tests.fakes import ACCEPTED, job_id, new_store, row
+from tests.databases import database_url, make_database
+from tests.fakes import ACCEPTED, job_id, row
 from tests.unit.service.in_process import BODY, Service, problem
 
 pytestmark = pytest.mark.database
@@ -139,8 +140,7 @@ def test_a_project_with_live_jobs_is_not_archived(service: Service) -> None:
 @pytest.fixture
 def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`lockstep-server` on a database of its own: run it with words, get (exit code, output)."""
-    new_store(tmp_path)._engine.dispose()
-    monkeypatch.setenv("LOCKSTEP_DATABASE_URL", f"sqlite:///{tmp_path / 'lockstep.db'}")
+    monkeypatch.setenv("LOCKSTEP_DATABASE_URL", make_database(tmp_path))
     monkeypatch.setenv("LOCKSTEP_STORAGE", "s3://memory/root")
 
     def run(words: str, code: int = 0) -> str:
@@ -221,7 +221,7 @@ def test_what_an_operator_gets_wrong_is_one_line(operator: Any, words: str, says
 
 def test_what_a_tenant_calls_a_key_does_nothing_to_an_operators_terminal(operator: Any, tmp_path: Path) -> None:
     assert operator("keys list") == ""  # migrates
-    engine = make_engine(f"sqlite:///{tmp_path / 'lockstep.db'}")
+    engine = make_engine(database_url(tmp_path))
     create_key(Tenants(engine), KeyRequest(name="a\x9b2J\u202eb\u2028c"))
     engine.dispose()
     listed = operator("keys list")
@@ -232,7 +232,7 @@ def test_what_a_tenant_calls_a_key_does_nothing_to_an_operators_terminal(operato
 def test_what_an_operator_changes_is_in_the_log(operator: Any, tmp_path: Path) -> None:
     operator("projects create vision")
     operator("projects quota vision running_gpus=8")
-    engine = make_engine(f"sqlite:///{tmp_path / 'lockstep.db'}")
+    engine = make_engine(database_url(tmp_path))
     newest, first = Tenants(engine).audit("vision", 9, None)
     engine.dispose()
     assert (first.action, first.actor) == ("project.create", "operator")
