@@ -1,7 +1,8 @@
 """The reconciler: for every live job, observe, decide, act, apply. Forever, and from any state that a crash left.
 
 Each act is safe to repeat: documents are rewritten with the same content, a submission id is deterministic and Ray
-takes it once, and every change of state is one guarded update. Nothing is remembered between passes.
+takes it once, and every change of state is one guarded update. What is remembered between passes, since when a run
+stands still or a job is stranded, only delays an act: who has forgotten it waits anew.
 """
 
 import logging

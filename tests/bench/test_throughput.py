@@ -1,6 +1,6 @@
 """What the service costs: the same training in several ways, in rounds, beside the same running stack.
 
-Some 25 minutes on two idle cores. LOCKSTEP_BENCH_TABLE names a file for the tables.
+Some 20 minutes on two idle cores. LOCKSTEP_BENCH_TABLE names a file for the tables.
 
 Two of the ways say where the cost comes from. `BESIDE` is the hand-written loop while a Ray Train group sleeps: what
 Ray Train's own processes take of the cores. `SERVICE_ALONE` is the service with one worker, against our loop in one
